@@ -1,0 +1,213 @@
+"""Token shards: the format, its reader, and a loader that is a pure function of (seed, sample index).
+
+A shard is what llm.c and modded-nanogpt read: 256 int32 of header (20240520, 1, n_tokens), then uint16 tokens;
+(20240801, 7, n_tokens), then uint32 tokens, where the vocabulary exceeds 65,536. A header-less `.bin` with no such
+magic number is nanoGPT's: uint16 tokens and nothing else.
+"""
+
+import hashlib
+import json
+import queue
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import torch
+
+HEADER_INTS = 256
+# magic number: (version, token type)
+FORMATS = {20240520: (1, np.uint16), 20240801: (7, np.uint32)}
+
+
+def fail(message: str):
+    """A user's mistake: one line that says what was wrong, where, and what to do; exit status 2."""
+    print(f"nanoOEC: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+# --- format --------------------------------------------------------------------------------------
+
+
+def shard_header(n_tokens: int, vocab_size: int) -> tuple[np.ndarray, type]:
+    """The header of a shard of `n_tokens`, and the type of its tokens."""
+    magic = 20240520 if vocab_size <= 2**16 else 20240801
+    version, token_type = FORMATS[magic]
+    header = np.zeros(HEADER_INTS, dtype="<i4")
+    header[:3] = magic, version, n_tokens
+    return header, token_type
+
+
+def open_shard(path: Path) -> np.ndarray:
+    """The tokens of a shard, memory-mapped, uint16 or uint32. A file that is no whole shard ends the program."""
+    try:
+        size = path.stat().st_size
+        header = np.fromfile(path, dtype="<i4", count=min(3, size // 4))
+        magic, version, n_tokens = (*header.tolist(), 0, 0, 0)[:3]
+        if magic not in FORMATS:
+            if path.name not in ("train.bin", "val.bin"):  # nanoGPT's names for its header-less files
+                fail(f"{path} is no token shard: it starts with {magic}, not with 20240520 or 20240801; prepare it again")
+            if size == 0 or size % 2:
+                fail(f"{path} has {size} bytes: not a whole number of uint16 tokens; prepare it again")
+            return np.memmap(path, dtype=np.uint16, mode="r")
+        expected_version, token_type = FORMATS[magic]
+        expected = 4 * HEADER_INTS + n_tokens * np.dtype(token_type).itemsize
+        if version != expected_version or n_tokens < 0:
+            fail(f"{path} has a damaged header: version {version}, {n_tokens} tokens; prepare it again")
+        if size != expected:
+            fail(f"{path} is {size} bytes and its header says {expected} ({n_tokens} tokens): truncated; prepare it again")
+        if n_tokens == 0:
+            fail(f"{path} holds no token; prepare it again")
+        return np.memmap(path, dtype=token_type, mode="r", offset=4 * HEADER_INTS, shape=(n_tokens,))
+    except OSError as error:
+        fail(f"{path} cannot be read: {error.strerror or error}")
+
+
+# --- the windows of a split ----------------------------------------------------------------------
+
+
+class TokenWindows:
+    """All windows of `block_size` tokens (and the one that follows) of a folder's shards of one split."""
+
+    def __init__(self, folder: Path, split: str, block_size: int, vocab_size: int):
+        self.folder, self.block_size, self.vocab_size = folder, block_size, vocab_size
+        self.paths = sorted(folder.glob(f"*{split}*.bin"))
+        if not self.paths:
+            fail(f"no *{split}*.bin in {folder}: prepare the dataset first (see README.md, Data)")
+        self.shards = [open_shard(path) for path in self.paths]
+        # Windows of a shard do not overlap, but for the last target of one being the first token of the next.
+        counts = [max(0, (len(shard) - 1) // block_size) for shard in self.shards]
+        self.first_window = np.cumsum([0, *counts])
+        if len(self) == 0:
+            fail(f"{split} in {folder} is shorter than one window of {block_size + 1} tokens: lower block_size or add data")
+        for path, sample in zip(self.paths, self.samples()):
+            if sample.max() >= vocab_size:
+                fail(f"{path} holds token {sample.max()}, beyond vocab_size={vocab_size}: set vocab_size to the dataset's")
+
+    def __len__(self) -> int:
+        return int(self.first_window[-1])
+
+    def samples(self) -> list[np.ndarray]:
+        """Of each shard the first, middle and last few thousand tokens: what is checked and fingerprinted at start."""
+        cuts = [(0, len(s) // 2, max(0, len(s) - 4096)) for s in self.shards]
+        return [np.concatenate([s[at : at + 4096] for at in cut]) for s, cut in zip(self.shards, cuts)]
+
+    def read(self, windows: np.ndarray) -> np.ndarray:
+        """Tokens of the given windows, int64, (len(windows), block_size + 1)."""
+        batch = np.empty((len(windows), self.block_size + 1), dtype=np.int64)
+        shard_of = np.searchsorted(self.first_window, windows, side="right") - 1
+        for row, window, shard in zip(batch, windows, shard_of):
+            start = int(window - self.first_window[shard]) * self.block_size
+            row[:] = self.shards[shard][start : start + self.block_size + 1]
+        if batch.max() >= self.vocab_size:
+            fail(f"{self.folder} holds token {batch.max()}, beyond vocab_size={self.vocab_size}: prepare the data again")
+        return batch
+
+    def fingerprint(self) -> str:
+        """Changes when the shards' number, order, lengths or sampled tokens change."""
+        digest = hashlib.sha256()
+        for shard, sample in zip(self.shards, self.samples()):
+            digest.update(f"{len(shard)} {shard.dtype}".encode() + sample.tobytes())
+        return digest.hexdigest()
+
+
+def read_meta(folder: Path) -> dict:
+    """`meta.json` of a prepared folder; {} where there is none (published shards have none)."""
+    path = folder / "meta.json"
+    if not path.exists():
+        return {}
+    try:
+        meta = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        fail(f"{path} cannot be read ({error}): prepare the dataset again, or delete that file if the shards are not ours")
+    if not isinstance(meta, dict) or type(meta.get("vocab_size")) is not int or type(meta.get("tokenizer")) is not str:
+        fail(f"{path} lacks vocab_size or tokenizer: prepare the dataset again, or delete that file if the shards are not ours")
+    return meta
+
+
+# --- the order of samples ------------------------------------------------------------------------
+
+
+def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
+    """A keyed permutation of 0..size-1 in O(1) memory: a Feistel cipher on the next power of four, walked along
+    its cycle until it falls inside (Black & Rogaway 2002)."""
+    half_bits = max(1, -(-max(1, (size - 1).bit_length()) // 2))
+    result = np.asarray(index, dtype=np.uint64)
+    outside = np.ones(result.shape, dtype=bool)
+    while outside.any():
+        result = np.where(outside, _feistel(result, half_bits, key), result)
+        outside = result >= size
+    return result.astype(np.int64)
+
+
+def _feistel(value: np.ndarray, half_bits: int, key: int, rounds: int = 6) -> np.ndarray:
+    bits, mask = np.uint64(half_bits), np.uint64(2**half_bits - 1)
+    left, right = value >> bits, value & mask
+    for round in range(rounds):
+        left, right = right, left ^ (_mix(right + np.uint64((key + round * 0x9E3779B97F4A7C15) % 2**64)) & mask)
+    return (left << bits) | right
+
+
+def _mix(value: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser: every input bit reaches every output bit."""
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))
+
+
+def windows_of_samples(samples: np.ndarray, n_windows: int, seed: int) -> np.ndarray:
+    """Which window each sample of the run is: every epoch visits each window once, in an order of its own."""
+    windows = np.empty(len(samples), dtype=np.int64)
+    epochs = samples // n_windows
+    for epoch in np.unique(epochs):
+        chosen = epochs == epoch
+        key = int.from_bytes(hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=8).digest(), "little")
+        windows[chosen] = permute(samples[chosen] % n_windows, n_windows, key)
+    return windows
+
+
+# --- the loader ----------------------------------------------------------------------------------
+
+
+class Loader:
+    """Yields (tokens, targets), int64 (B, T) each on `device`, for each array of sample numbers in `batches`.
+
+    A background thread reads one batch ahead, into pinned memory for a GPU.
+    """
+
+    def __init__(self, data: TokenWindows, batches, seed: int, device: torch.device):
+        self.device, self.batches = device, batches
+        self.data, self.seed = data, seed
+        self.ready = queue.Queue(maxsize=1)
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self._fill, daemon=True)
+        self.thread.start()
+
+    def _fill(self):
+        try:
+            for samples in self.batches:
+                tokens = torch.from_numpy(self.data.read(windows_of_samples(samples, len(self.data), self.seed)))
+                self._put(tokens.pin_memory() if self.device.type == "cuda" else tokens)
+                if self.stopped.is_set():
+                    return
+            self._put(None)
+        except BaseException as error:  # raised again where the batch is awaited
+            self._put(error)
+
+    def _put(self, item):
+        while not self.stopped.is_set():
+            try:
+                return self.ready.put(item, timeout=0.1)
+            except queue.Full:
+                pass
+
+    def __iter__(self):
+        while (item := self.ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            tokens = item.to(self.device, non_blocking=True)
+            yield tokens[:, :-1], tokens[:, 1:]
+
+    def close(self):
+        self.stopped.set()
+        self.thread.join()
