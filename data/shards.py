@@ -125,6 +125,17 @@ def read_meta(folder: Path) -> dict:
     return meta
 
 
+def open_dataset(folder: Path, block_size: int, vocab_size: int) -> tuple[TokenWindows, TokenWindows]:
+    """The train and val windows of a folder of shards, checked against its `meta.json` where it has one."""
+    if not folder.is_dir():
+        fail(f"there is no dataset folder {folder}: prepare it first, as README.md says under Data")
+    stated = read_meta(folder).get("vocab_size", vocab_size)
+    if stated != vocab_size:
+        fail(f"{folder} has a vocabulary of {stated} tokens, the model of {vocab_size}: use --vocab_size={stated}")
+    train, val = (TokenWindows(folder, split, block_size, vocab_size) for split in ("train", "val"))
+    return train, val
+
+
 # --- the order of samples ------------------------------------------------------------------------
 
 
@@ -164,6 +175,13 @@ def windows_of_samples(samples: np.ndarray, n_windows: int, seed: int) -> np.nda
         key = int.from_bytes(hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=8).digest(), "little")
         windows[chosen] = permute(samples[chosen] % n_windows, n_windows, key)
     return windows
+
+
+def samples_of_process(step: int, max_steps: int, batch_size: int, micro_batch_size: int, rank: int, world_size: int):
+    """Sample numbers of each forward pass of one process from `step` on. Step s takes samples s·batch_size to
+    (s + 1)·batch_size − 1 whatever the number of processes."""
+    for first in range(step * batch_size, max_steps * batch_size, micro_batch_size * world_size):
+        yield first + rank * micro_batch_size + np.arange(micro_batch_size)
 
 
 # --- the loader ----------------------------------------------------------------------------------
