@@ -24,9 +24,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# A chunk of logits holds about this many numbers: few enough to stay small beside the model, enough
-# to keep the matrix units busy and the additions into the weight gradient rare.
-CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**28}
+# A chunk of logits holds about this many numbers, but has CHUNK_ROWS tokens at least: small beside the model (on a
+# CPU, inside its caches), large enough to keep the matrix units busy and additions into the weight gradient rare.
+CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**28}
+CHUNK_ROWS = 256
 
 
 # --- the mean output embedding and what is done with it ------------------------------------------
@@ -124,7 +125,10 @@ def unembedding_loss(
     compute_dtype = hidden.dtype
     if torch.is_autocast_enabled(device) and compute_dtype != torch.float64:
         compute_dtype = torch.get_autocast_dtype(device)
-    chunk_rows = chunk_rows or _even_chunk(len(hidden), W.shape[0], CHUNK_ELEMENTS.get(device, 2**26))
+    if chunk_rows == 0:
+        most = max(CHUNK_ROWS, CHUNK_ELEMENTS.get(device, 2**26) // W.shape[0])
+        chunks = max(1, -(-len(hidden) // most))
+        chunk_rows = max(1, -(-len(hidden) // chunks))  # all chunks about equal
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or W.requires_grad)
     options = (vocab_size, z_loss_weight, soft_cap, ignore_index, chunk_rows, compute_dtype, needs_grad)
     loss, statistics = _ChunkedUnembedding.apply(hidden, W, targets, *options)
@@ -218,12 +222,6 @@ def _reduce(statistics, counted, vocab_size, z_weight):
     log_z_mean = log_z.sum() * inverse_count
     reported = torch.stack((cross_entropy, z_loss, log_z_mean, logit_mean, logit_std, absmax.amax()))
     return cross_entropy + z_weight * z_loss, reported, inverse_count
-
-
-def _even_chunk(rows: int, columns: int, elements: int) -> int:
-    """Tokens in a chunk so that all chunks are about equal and none holds many more than `elements` logits."""
-    chunks = -(-rows * columns // elements)
-    return -(-rows // max(1, chunks))
 
 
 # --- geometry ------------------------------------------------------------------------------------

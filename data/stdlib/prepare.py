@@ -15,11 +15,24 @@ LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib
 
 
 def documents():
-    """Sources of the standard library without its tests, in the order of their paths."""
+    """Sources of the standard library without its tests, in the order of their paths, cut at top-level definitions
+    into documents of about what a short context holds: so validation sees all kinds of module."""
     stdlib = Path(sysconfig.get_path("stdlib"))
     for path in sorted(stdlib.rglob("*.py")):
         if not LEFT_OUT & set(path.relative_to(stdlib).parts):
-            yield path.read_text(encoding="utf-8", errors="replace")
+            yield from cut(path.read_text(encoding="utf-8", errors="replace"))
+
+
+def cut(source: str, characters: int = 2_000):
+    lines, size = [], 0
+    for line in source.splitlines(keepends=True):
+        if size >= characters and line.startswith(("def ", "class ", "async def ", "@")):
+            yield "".join(lines)
+            lines, size = [], 0
+        lines.append(line)
+        size += len(line)
+    if lines:
+        yield "".join(lines)
 
 
 def main():

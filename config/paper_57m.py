@@ -1,0 +1,6 @@
+# The paper's 57M model; the recipe is that of the smallest.
+from config.paper_16m import *
+
+n_layer = 12
+n_head = 4
+n_embd = 480

@@ -1,0 +1,209 @@
+"""model.py: the architecture, the method inside it, sampling."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+import oec
+from model import GPT, GPTConfig
+
+SMALL = GPTConfig(vocab_size=300, block_size=16, n_layer=2, n_head=2, n_embd=32)
+
+
+def make(seed=0, **changes) -> GPT:
+    torch.manual_seed(seed)
+    return GPT(dataclasses.replace(SMALL, **changes))
+
+
+def batch(seed=0, rows=4):
+    tokens = torch.randint(0, 300, (rows, 17), generator=torch.Generator().manual_seed(seed))
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def test_initialisation_is_the_papers():
+    model = make(vocab_size=5000, n_embd=256, n_head=4, n_layer=4)
+    d, block = 256, model.blocks[0]
+    expected = {
+        model.embedding.weight: 1 / math.sqrt(d),
+        model.unembedding.weight: math.sqrt(2 / (d + 5120 - 128 + 0)) if model.config.padded_vocab_size == 4992 else math.sqrt(2 / (d + model.config.padded_vocab_size)),
+        block.attention.query_key_value.weight: math.sqrt(2 / (4 * d)),
+        block.attention.projection.weight: 0.02 / math.sqrt(8),
+        block.mlp.gate.weight: math.sqrt(2 / (d + model.config.mlp_hidden_size)),
+        block.mlp.down.weight: math.sqrt(2 / (d + model.config.mlp_hidden_size)),
+    }
+    for weight, std in expected.items():
+        assert weight.std().item() == pytest.approx(std, rel=0.02)
+        assert abs(weight.mean().item()) < 0.02 * std
+    assert model.config.mlp_hidden_size == 768
+    assert not any("bias" in name for name, _ in model.named_parameters())
+    tied = make(tie_weights=True)
+    assert tied.unembedding.weight is tied.embedding.weight
+    assert tied.embedding.weight.std().item() == pytest.approx(1 / math.sqrt(32), rel=0.02)
+
+
+def test_paper_sizes():
+    """The scales are named by their parameters (Table of the paper's recipe), to the million."""
+    for name, layers, heads, width, millions in (("16M", 6, 4, 224, 27), ("29M", 9, 4, 320, 44)):
+        with torch.device("meta"):
+            model = GPT(GPTConfig(n_layer=layers, n_head=heads, n_embd=width))
+        without_embedding = model.num_parameters() - model.embedding.weight.numel()
+        assert round(without_embedding / 1e6) == int(name[:-1]), (name, without_embedding)
+        assert round(model.num_parameters() / 1e6) in (millions, millions + 1, int(name[:-1]) + 11, 45)
+
+
+@pytest.mark.parametrize("tie", (False, True))
+def test_loss_starts_at_ln_v_and_falls(tie):
+    model = make(tie_weights=tie)
+    tokens, targets = batch()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    first = model(tokens, targets)[0].item()
+    assert first == pytest.approx(math.log(300), abs=1.5)
+    for _ in range(30):
+        loss, _ = model(tokens, targets)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss.item() < first - 2
+
+
+def test_attention_is_causal_and_positions_are_relative():
+    model = make().double()
+    tokens, _ = batch()
+    logits = [model(tokens[:, :t]) for t in range(1, 17)]
+    changed = tokens.clone()
+    changed[:, 9:] = 5
+    for t in range(1, 10):
+        torch.testing.assert_close(model(changed[:, :t]), logits[t - 1])
+    assert not torch.allclose(model(changed[:, :11]), logits[10])
+    from model import rotary_angles, rotate
+
+    cos, sin = rotary_angles(32, 16)
+    query, key = torch.randn(2, 1, 1, 1, 16, generator=torch.Generator().manual_seed(0))
+    turned = [rotate(x.expand(1, 32, 1, 16), cos, sin)[0, :, 0] for x in (query, key)]
+    scores = turned[0] @ turned[1].T
+    for offset in (0, 3, 10):
+        torch.testing.assert_close(scores.diagonal(offset), scores[0, offset].expand(32 - offset), rtol=1e-4, atol=1e-5)
+    assert torch.equal(turned[0][:, 8:], query[0, 0, :, 8:].expand(32, 8))  # half of each head is not rotated
+
+
+@pytest.mark.parametrize("method", ("none", "mu_loss", "mu_centering", "mu_centering_step"))
+@pytest.mark.parametrize("z_loss_weight, logit_softcap", ((0.0, 0.0), (1e-2, 0.0), (0.0, 5.0), (1e-2, 5.0)))
+def test_methods_combine(method, z_loss_weight, logit_softcap):
+    model = make(oec=method, z_loss_weight=z_loss_weight, logit_softcap=logit_softcap, mu_loss_weight=0.5).double()
+    with torch.no_grad():
+        model.unembedding.weight.add_(0.7)  # a drifted μ
+    loss, metrics = model(*batch())
+    weight, W = model.config, model.unembedding.weight
+    expected = metrics["cross_entropy"] + z_loss_weight * metrics["z_loss"]
+    expected = expected + (0.5 * oec.mu_loss(W, 300) if method == "mu_loss" else 0)
+    torch.testing.assert_close(loss, expected)
+    assert metrics["loss"] == loss and not any(value.requires_grad for value in metrics.values())
+    if method == "mu_centering" and not logit_softcap:
+        assert metrics["logit_mean"].abs() < 1e-12
+    before = W.detach().clone()
+    model.after_step()
+    assert torch.equal(W, oec.center_(before.clone(), 300)) == (method == "mu_centering_step")
+    assert weight.oec == method
+
+
+def test_centring_with_tied_weights_changes_neither_loss_nor_trunk():
+    results = []
+    for method in ("none", "mu_centering"):
+        model = make(oec=method, tie_weights=True).double()
+        with torch.no_grad():
+            model.embedding.weight.add_(0.3)
+        loss, _ = model(*batch())
+        loss.backward()
+        trunk = {name: p.grad for name, p in model.named_parameters() if name != "embedding.weight"}
+        results.append((loss, trunk))
+    (loss, trunk), (centered_loss, centered_trunk) = results
+    torch.testing.assert_close(loss, centered_loss, rtol=1e-12, atol=0)
+    for name in trunk:
+        torch.testing.assert_close(trunk[name], centered_trunk[name], rtol=1e-9, atol=1e-12)
+
+
+def test_centring_in_the_forward_pass_and_after_the_step_are_one_trajectory():
+    """Fact 2's consequence, over 50 Adam steps in float64 with untied weights."""
+    models = [make(oec=method).double() for method in ("mu_centering", "mu_centering_step")]
+    for model in models:
+        oec.center_(model.unembedding.weight, 300)
+    optimizers = [torch.optim.AdamW(model.parameters(), 1e-2, (0.9, 0.95), weight_decay=0.0) for model in models]
+    for step in range(50):
+        losses = []
+        for model, optimizer in zip(models, optimizers):
+            loss, _ = model(*batch(step))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            model.after_step()
+            losses.append(loss)
+        torch.testing.assert_close(*losses, rtol=1e-9, atol=0)
+    a, b = models
+    assert oec.mean_embedding(a.unembedding.weight, 300).norm() > 1e-3  # the stored one does drift
+    torch.testing.assert_close(a.output_embedding()[:300], b.output_embedding()[:300], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(a.blocks[0].mlp.up.weight, b.blocks[0].mlp.up.weight, rtol=1e-9, atol=1e-10)
+
+
+def test_padding_rows_never_count():
+    for method in ("none", "mu_loss", "mu_centering", "mu_centering_step"):
+        results = []
+        for value in (0.0, 1e4):
+            model = make(oec=method, z_loss_weight=1e-2)
+            with torch.no_grad():
+                model.unembedding.weight[300:] = value
+            loss, metrics = model(*batch())
+            loss.backward()
+            model.after_step()
+            drawn = model.generate(batch()[0], 20)
+            assert model(batch()[0]).shape == (4, 300) and drawn.max() < 300
+            results.append((loss, *metrics.values(), model.unembedding.weight.grad, drawn))
+        for a, b in zip(*results):
+            assert torch.equal(a, b)
+
+
+def test_generate():
+    model = make()
+    prompt = batch()[0][:, :5]
+    first = model.generate(prompt, 30, seed=3)
+    assert first.shape == (4, 35) and torch.equal(first[:, :5], prompt)
+    assert torch.equal(first, model.generate(prompt, 30, seed=3))
+    assert not torch.equal(first, model.generate(prompt, 30, seed=4))
+    greedy = model.generate(prompt, 8, temperature=0)
+    assert torch.equal(greedy, model.generate(prompt, 8, top_k=1, seed=9))
+    assert torch.equal(greedy[:, 5], model(prompt).argmax(dim=-1))
+    top = model(prompt).topk(3).indices
+    for seed in range(20):
+        assert (model.generate(prompt, 1, temperature=5.0, top_k=3, seed=seed)[:, -1:] == top).any(dim=1).all()
+    with pytest.raises(ValueError):
+        model.generate(prompt[:, :0], 3)
+
+
+def test_flops_per_token_counts_every_matrix_product():
+    """Against PyTorch's own counter, forward and backward, attention's causal half not discounted there either."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = make(vocab_size=384)
+    tokens, targets = batch()
+    with FlopCounterMode(display=False) as counter:
+        model(tokens, targets)[0].backward()
+    # The counter's attention backward pays a fifth product, recomputing the scores.
+    weights = model.flops_per_token() - 12 * 2 * 32 * 16
+    assert weights * tokens.numel() <= counter.get_total_flops() <= 1.1 * model.flops_per_token() * tokens.numel()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    ({"n_head": 3}, {"n_layer": 0}, {"vocab_size": -1}, {"oec": "mu"}, {"z_loss_weight": -1.0}, {"n_head": 16},
+     {"mu_loss_weight": math.nan}),
+)  # fmt: skip
+def test_impossible_models_are_refused_in_one_line(changes):
+    with pytest.raises(ValueError) as error:
+        make(**changes)
+    assert "\n" not in str(error.value) and next(iter(changes)) in str(error.value)
+
+
+def test_too_long_a_text_is_refused():
+    with pytest.raises(ValueError, match="block_size"):
+        make()(torch.zeros(1, 17, dtype=torch.int64))

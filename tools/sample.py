@@ -1,0 +1,64 @@
+"""Text from a trained model.
+
+    python -m tools.sample out/RUN --prompt "def main():"
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from data.prepare import load_tokenizer
+from data.shards import fail, read_meta
+from model import GPT, GPTConfig
+from train import ROOT, read_checkpoint
+
+
+def load_model(path: Path) -> tuple[GPT, dict]:
+    """The model of a checkpoint, or of the newest one in a run's folder, and its config. Ends the program on bad files."""
+    if path.is_dir():
+        checkpoints = sorted(path.glob("ckpt_*.pt"))
+        if not checkpoints:
+            fail(f"there is no ckpt_*.pt in {path}: train first, or name another run's folder")
+        path = checkpoints[-1]
+    try:
+        state = read_checkpoint(path)
+        config = {name: state["config"][name] for name in GPTConfig.__dataclass_fields__}
+        model = GPT(GPTConfig(**config))
+        model.load_state_dict(state["model"])
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        fail(f"{path} cannot be loaded: {str(error).splitlines()[0]}")
+    return model.eval(), state["config"]
+
+
+def tokenizer_of(config: dict):
+    """The tokenizer of the data a run was trained on; GPT-2's for shards without a meta.json."""
+    folder = Path(config["data_dir"]) if config["data_dir"] else ROOT / "data" / config["dataset"]
+    encoding = load_tokenizer(read_meta(folder).get("tokenizer", "gpt2"), folder)
+    if encoding.n_vocab != config["vocab_size"]:
+        fail(f"the tokenizer of {folder} has {encoding.n_vocab} tokens, the model {config['vocab_size']}: was it prepared anew?")
+    return encoding
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="a ckpt_*.pt file, or the folder of a run: its newest")
+    parser.add_argument("--prompt", default="", help="text to go on from (default: a new document)")
+    parser.add_argument("--tokens", type=int, default=200, help="how many to add (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest (default: %(default)s)")
+    parser.add_argument("--top_k", type=int, default=0, help="draw from the k likeliest; 0 is off (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the drawing (default: %(default)s)")
+    arguments = parser.parse_args()
+    if arguments.tokens < 0 or not 0 <= arguments.temperature < float("inf") or arguments.top_k < 0:
+        fail("--tokens, --temperature and --top_k must be 0 or more, and finite")
+    model, config = load_model(arguments.checkpoint)
+    encoding = tokenizer_of(config)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    prompt = arguments.prompt.encode("utf-8", errors="replace").decode()
+    tokens = torch.tensor([[encoding.eot_token, *encoding.encode(prompt, disallowed_special=())]], device=model.embedding.weight.device)
+    tokens = model.generate(tokens, arguments.tokens, arguments.temperature, arguments.top_k, arguments.seed)
+    print(encoding.decode(tokens[0, 1:].tolist()).replace("<|endoftext|>", "\n---\n"))
+
+
+if __name__ == "__main__":
+    main()
