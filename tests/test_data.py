@@ -1,0 +1,319 @@
+"""data/: the shard format, the order of samples, the loader, documents to shards."""
+
+import gzip
+import json
+import lzma
+import shutil
+import struct
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from data.prepare import load_tokenizer, prepare
+from data.shards import (
+    Loader, TokenWindows, open_dataset, open_shard, permute, read_meta, samples_of_process, windows_of_samples,
+)  # fmt: skip
+from tests.conftest import ROOT, VOCAB, fails_in_one_line, write_shard
+
+STDLIB_VOCABULARY = str(ROOT / "data/stdlib/vocabulary.tiktoken")
+
+
+# --- format
+
+
+def test_a_shard_is_what_others_write_and_read(tmp_path):
+    """Byte for byte the llm.c / modded-nanogpt layout, both token widths."""
+    tokens = np.arange(1000) * 61 % 50257
+    path = tmp_path / "fineweb_train_000001.bin"
+    path.write_bytes(struct.pack("<256i", 20240520, 1, 1000, *[0] * 253) + tokens.astype("<u2").tobytes())
+    assert np.array_equal(open_shard(path), tokens)
+    ours = tmp_path / "train_000000.bin"
+    write_shard(ours, tokens, 50257)
+    assert ours.read_bytes() == path.read_bytes()
+    wide = tokens * 2
+    path.write_bytes(struct.pack("<256i", 20240801, 7, 1000, *[0] * 253) + wide.astype("<u4").tobytes())
+    assert np.array_equal(open_shard(path), wide)
+    write_shard(ours, wide, 128_256)
+    assert ours.read_bytes() == path.read_bytes()
+    header_less = tmp_path / "val.bin"  # nanoGPT's
+    header_less.write_bytes(tokens.astype("<u2").tobytes())
+    assert np.array_equal(open_shard(header_less), tokens)
+
+
+@pytest.mark.parametrize(
+    "damage, says",
+    (
+        (lambda b: b[:-1], "truncated"),
+        (lambda b: b[:600], "truncated"),
+        (lambda b: b + b"\0\0", "header"),
+        (lambda b: b"", "no token shard"),
+        (lambda b: b[:2], "no token shard"),
+        (lambda b: struct.pack("<i", 7) + b[4:], "no token shard"),
+        (lambda b: b[:4] + struct.pack("<i", 9) + b[8:], "version"),
+        (lambda b: b[:8] + struct.pack("<i", -5) + b[12:], "header"),
+        (lambda b: b[:8] + struct.pack("<i", 0) + b[12:1024], "no token"),
+        (lambda b: b[:-2] + struct.pack("<H", VOCAB), "beyond vocab_size"),
+    ),
+)
+def test_damaged_shards_are_refused(data, capsys, damage, says):
+    path = data / "train_000001.bin"
+    path.write_bytes(damage(path.read_bytes()))
+    line = fails_in_one_line(capsys, open_dataset, data, 32, VOCAB)
+    assert says in line and "train_000001.bin" in line
+
+
+def test_unusable_datasets_are_refused(data, tmp_path, capsys):
+    assert "no dataset folder" in fails_in_one_line(capsys, open_dataset, tmp_path / "none", 32, VOCAB)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "*train*.bin" in fails_in_one_line(capsys, open_dataset, empty, 32, VOCAB)
+    assert "val" in fails_in_one_line(capsys, open_dataset, data, 4003, VOCAB)  # val is shorter than one window
+    (data / "meta.json").write_text('{"vocab_size": 299, "tokenizer": "gpt2"}')
+    assert "--vocab_size=299" in fails_in_one_line(capsys, open_dataset, data, 32, VOCAB)
+    for text in ("{", "[]", "3", '{"vocab_size": "300", "tokenizer": "gpt2"}', '{"vocab_size": 300}', "\xff"):
+        (data / "meta.json").write_bytes(text.encode("latin-1"))
+        assert "meta.json" in fails_in_one_line(capsys, read_meta, data)
+    (data / "val_000000.bin").unlink()
+    (data / "meta.json").unlink()
+    (data / "val_000000.bin").mkdir()
+    assert "val_000000.bin" in fails_in_one_line(capsys, open_dataset, data, 32, VOCAB)
+
+
+def test_a_token_beyond_the_vocabulary_deep_inside_is_found_when_it_is_read(tmp_path, capsys):
+    tokens = np.zeros(100_000, dtype=np.int64)
+    tokens[30_000] = VOCAB
+    write_shard(tmp_path / "train.bin", tokens)
+    windows = TokenWindows(tmp_path, "train", 100, VOCAB)
+    windows.read(np.array([0, 1, 2]))
+    assert "beyond vocab_size" in fails_in_one_line(capsys, windows.read, np.array([299]))
+
+
+# --- windows and their order
+
+
+def test_windows_cover_the_shards_without_overlap(data):
+    windows = TokenWindows(data, "train", 32, VOCAB)
+    batch = windows.read(np.arange(len(windows)))
+    expected = []
+    for name in ("train_000000.bin", "train_000001.bin"):
+        shard = open_shard(data / name)
+        n = (len(shard) - 1) // 32
+        expected += [shard[i * 32 : i * 32 + 33] for i in range(n)]
+    assert batch.dtype == np.int64 and np.array_equal(batch, np.stack(expected))
+
+
+@pytest.mark.parametrize("size", (1, 2, 3, 5, 64, 1000, 4097))
+def test_permute_is_a_permutation(size):
+    for key in (0, 1, 2**63):
+        assert np.array_equal(np.sort(permute(np.arange(size), size, key)), np.arange(size))
+
+
+def test_permute_shuffles():
+    """Different keys, unrelated orders; neighbours do not stay neighbours."""
+    a, b = (permute(np.arange(10_000), 10_000, key) for key in (1, 2))
+    assert (a == b).mean() < 1e-3
+    for order in (a, b):
+        assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.05
+        assert abs(np.corrcoef(order, np.arange(10_000))[0, 1]) < 0.05
+        assert (np.abs(np.diff(order)) == 1).mean() < 1e-3
+
+
+def test_permute_of_a_vast_set_costs_no_memory():
+    size = 10**14
+    start = time.perf_counter()
+    picked = permute(np.array([0, 1, size - 1]), size, 5)
+    assert time.perf_counter() - start < 1 and len(set(picked)) == 3 and (picked < size).all() and (picked >= 0).all()
+
+
+def test_every_window_of_an_epoch_comes_once_and_epochs_differ():
+    epochs = windows_of_samples(np.arange(3 * 777), 777, seed=5).reshape(3, 777)
+    for epoch in epochs:
+        assert np.array_equal(np.sort(epoch), np.arange(777))
+    assert not np.array_equal(epochs[0], epochs[1])
+    assert not np.array_equal(epochs[0], windows_of_samples(np.arange(777), 777, seed=6))
+    one_by_one = [windows_of_samples(np.array([i]), 777, seed=5)[0] for i in range(700, 900)]
+    assert one_by_one == epochs.flatten()[700:900].tolist()  # a pure function of (seed, sample index)
+
+
+@pytest.mark.parametrize("world_size", (1, 2, 4))
+def test_a_step_has_the_same_samples_on_any_number_of_processes(world_size):
+    streams = [list(samples_of_process(3, 7, 16, 2, rank, world_size)) for rank in range(world_size)]
+    passes = 16 // 2 // world_size
+    for step in range(4):
+        samples = np.concatenate([np.concatenate(s[step * passes : (step + 1) * passes]) for s in streams])
+        assert np.array_equal(np.sort(samples), np.arange(16) + (3 + step) * 16)
+
+
+def test_fingerprint_sees_other_data(data, tmp_path):
+    first = TokenWindows(data, "train", 32, VOCAB).fingerprint()
+    copy = tmp_path / "copy"
+    shutil.copytree(data, copy)
+    assert TokenWindows(copy, "train", 32, VOCAB).fingerprint() == first
+    blob = bytearray((copy / "train_000001.bin").read_bytes())
+    blob[-2:] = struct.pack("<H", 1 + blob[-2])
+    (copy / "train_000001.bin").write_bytes(blob)
+    assert TokenWindows(copy, "train", 32, VOCAB).fingerprint() != first
+
+
+# --- the loader
+
+
+def test_loader_delivers_the_windows_in_order_and_ends(data):
+    windows = TokenWindows(data, "train", 32, VOCAB)
+    loader = Loader(windows, samples_of_process(0, 3, 8, 4, 0, 1), 1, torch.device("cpu"))
+    batches = list(loader)
+    assert len(batches) == 6
+    expected = windows.read(windows_of_samples(np.arange(24), len(windows), 1))
+    assert np.array_equal(torch.cat([tokens for tokens, _ in batches]).numpy(), expected[:, :-1])
+    assert np.array_equal(torch.cat([targets for _, targets in batches]).numpy(), expected[:, 1:])
+    loader.close()
+    assert not loader.thread.is_alive()
+
+
+def test_loader_closes_early_and_passes_errors_on(data):
+    windows = TokenWindows(data, "train", 32, VOCAB)
+    loader = Loader(windows, samples_of_process(0, 10**6, 8, 4, 0, 1), 1, torch.device("cpu"))
+    next(iter(loader))
+    loader.close()
+    assert not loader.thread.is_alive()
+
+    def broken():
+        raise OSError("the network share is gone")
+        yield
+
+    with pytest.raises(OSError, match="gone"):
+        next(iter(Loader(windows, broken(), 1, torch.device("cpu"))))
+
+
+# --- documents to shards
+
+
+def texts(n=200):
+    return [f"document {i}: " + " ".join(str(i * j) for j in range(i % 50)) for i in range(n)]
+
+
+def test_prepared_shards_hold_the_documents(tmp_path):
+    out = tmp_path / "out"
+    prepare(texts(), out, STDLIB_VOCABULARY, source="test", shard_tokens=1000, val_fraction=0.1)
+    encoding = load_tokenizer(STDLIB_VOCABULARY)
+    meta = json.loads((out / "meta.json").read_text())
+    found = {}
+    for split in ("train", "val"):
+        shards = [open_shard(path) for path in sorted(out.glob(f"{split}_*.bin"))]
+        assert all(len(shard) == 1000 for shard in shards[:-1])
+        tokens = np.concatenate(shards)
+        assert len(tokens) == meta[f"{split}_tokens"]
+        assert tokens[0] == encoding.eot_token
+        documents = encoding.decode(tokens[1:].tolist()).split("<|endoftext|>")
+        found[split] = documents
+        assert documents == [text for text in texts() if text in set(documents)]  # in order
+    assert sorted(found["train"] + found["val"]) == sorted(texts())
+    counts = np.bincount(tokens)
+    p = counts[counts > 0] / counts.sum()
+    assert meta["val_unigram_entropy"] == pytest.approx(-(p * np.log(p)).sum())
+    assert meta["vocab_size"] == 4096 and not (out / ".partial").exists()
+    # The folder stands by itself: its tokenizer came along.
+    assert load_tokenizer(meta["tokenizer"], out).n_vocab == 4096
+
+
+def test_the_split_depends_on_neither_order_nor_shard_size(tmp_path):
+    prepare(texts(), tmp_path / "a", STDLIB_VOCABULARY, source="test", val_fraction=0.1)
+    prepare(texts()[::-1], tmp_path / "b", STDLIB_VOCABULARY, source="test", val_fraction=0.1, shard_tokens=777)
+    a, b = (json.loads((tmp_path / x / "meta.json").read_text()) for x in "ab")
+    assert a == b
+
+
+def test_a_prepared_folder_is_never_overwritten(tmp_path, capsys):
+    out = tmp_path / "out"
+    prepare(texts(), out, STDLIB_VOCABULARY, source="test", val_fraction=0.1)
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    capsys.readouterr()
+    line = fails_in_one_line(capsys, lambda: prepare(texts(), out, STDLIB_VOCABULARY, source="test"))
+    assert "already holds shards" in line
+    assert before == {path: path.read_bytes() for path in out.iterdir()}
+
+
+def test_a_failed_preparation_leaves_nothing(tmp_path):
+    def documents():
+        yield from texts(50)
+        raise SystemExit(2)
+
+    with pytest.raises(SystemExit):
+        prepare(documents(), tmp_path / "out", STDLIB_VOCABULARY, source="test", shard_tokens=100)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def run_text_prepare(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "data/text/prepare.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_text_prepare_reads_every_kind_of_file(tmp_path):
+    source = tmp_path / "source" / "deeper"
+    source.mkdir(parents=True)
+    lines = [json.dumps({"body": text}) for text in texts(40)]
+    (source / "a.txt").write_text("plain text " * 10)
+    (source / "b.jsonl").write_text("\n".join(lines[:10]) + "\n\n")
+    with gzip.open(source / "c.jsonl.gz", "wt") as file:
+        file.write("\n".join(lines[10:20]))
+    with lzma.open(source / "d.jsonl.xz", "wt") as file:
+        file.write("\n".join(lines[20:]))
+    (source / "ignored.md").write_text("not read")
+    options = ["--tokenizer", STDLIB_VOCABULARY, "--val_fraction", 0.2, "--text_key", "body"]
+    done = run_text_prepare(tmp_path / "source", "--out", tmp_path / "out", *options)
+    assert done.returncode == 0, done.stderr
+    encoding = load_tokenizer(STDLIB_VOCABULARY)
+    decoded = "".join(encoding.decode(open_shard(p).tolist()) for p in (tmp_path / "out").glob("*.bin"))
+    assert sorted(decoded.split("<|endoftext|>")[1:]) == sorted([*texts(40), "plain text " * 10])
+
+
+@pytest.mark.parametrize(
+    "name, content, options, says",
+    (
+        ("a.jsonl", b"{\n", [], "line 1"),
+        ("a.jsonl", b'{"text": 3}', [], "no string"),
+        ("a.jsonl", b'{"body": "x"}', [], "--text_key"),
+        ("a.jsonl.gz", b"no gzip", [], "a.jsonl.gz"),
+        ("a.jsonl.xz", b"no xz", [], "a.jsonl.xz"),
+        ("a.md", b"text", [], "a.md"),
+        ("a.txt", b"", [], "no document"),
+        ("a.txt", b"text", ["--tokenizer", "gpt9"], "gpt9"),
+        ("a.txt", b"text", ["--tokenizer", "none.tiktoken"], "none.tiktoken"),
+        ("a.txt", b"text", ["--tokenizer", __file__ + ".tiktoken"], "tiktoken"),
+        ("a.txt", b"text", ["--val_fraction", "2"], "val_fraction"),
+        ("a.txt", b"text", ["--out", "/dev/null/x"], "/dev/null/x"),
+    ),
+)
+def test_bad_text_input_is_one_line(tmp_path, name, content, options, says):
+    (tmp_path / name).write_bytes(content)
+    out = [] if "--out" in options else ["--out", tmp_path / "out"]
+    tokenizer = [] if "--tokenizer" in options else ["--tokenizer", STDLIB_VOCABULARY]
+    done = run_text_prepare(tmp_path / name, *out, *tokenizer, *options)
+    assert done.returncode == 2, done.stderr
+    errors = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.startswith("nanoOEC: ")]
+    assert len(errors) == 1 and says in errors[0] and "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("out/*"))
+
+
+@pytest.mark.slow
+def test_preparation_keeps_up_with_tiktoken(shared, tmp_path):
+    """At least 70% of the rate at which tiktoken encodes the same documents in one batch call on the same cores."""
+    import os
+
+    with lzma.open(shared / "corpus/docs.jsonl.xz", "rt") as file:
+        documents = [json.loads(line)["text"] for line in file]
+    encoding = load_tokenizer("gpt2")
+    ratios = []
+    for turn in range(3):
+        start = time.perf_counter()
+        encoding.encode_batch(documents, num_threads=len(os.sched_getaffinity(0)), disallowed_special=())
+        batch_call = time.perf_counter() - start
+        start = time.perf_counter()
+        prepare(documents, tmp_path / f"{turn}", "gpt2", source="shared corpus")
+        ratios.append(batch_call / (time.perf_counter() - start))
+    print(f"rate of preparation over tiktoken's batch call: {ratios}")
+    assert sorted(ratios)[1] >= 0.7
