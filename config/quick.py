@@ -1,17 +1,18 @@
-# The built-in demo: a 4M-class model on the Python standard library, minutes on two CPU cores.
+# The built-in demo: a 2M-class model on the Python standard library, minutes on two CPU cores.
 dataset = "stdlib"
 vocab_size = 4096
 block_size = 256
-n_layer = 4
-n_head = 4
-n_embd = 192
+n_layer = 3
+n_head = 2
+n_embd = 128
 
-batch_size = 16
-micro_batch_size = 16
-max_steps = 600
+batch_size = 8
+micro_batch_size = 8
+max_steps = 1_000
 warmup_steps = 50
-learning_rate = 3e-3
-min_learning_rate = 3e-4
+learning_rate = 1e-2
+min_learning_rate = 1e-3
 
-eval_interval = 200
+log_interval = 20
+eval_interval = 250
 eval_sequences = 128

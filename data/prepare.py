@@ -139,7 +139,7 @@ def _tokenise(documents, encoding, train: ShardWriter, val: ShardWriter, val_fra
         if time.monotonic() - last_report > 1:
             last_report = time.monotonic()
             rate = n_tokens / (last_report - start)
-            print(f"\r{n_documents:,} documents, {n_tokens:,} tokens, {rate:,.0f} tokens/s ", end="", file=sys.stderr)
+            print(f"\r{n_documents:,} documents, {n_tokens:,} tokens, {rate:,.0f} tokens/s ", end="", file=sys.stderr, flush=True)
 
     with ThreadPoolExecutor(cores) as pool:
         for texts in _groups(documents):
@@ -151,7 +151,7 @@ def _tokenise(documents, encoding, train: ShardWriter, val: ShardWriter, val_fra
     train.close()
     val.close()
     seconds = time.monotonic() - start
-    print(f"\r{n_documents:,} documents, {n_tokens:,} tokens in {seconds:.1f} s, {n_tokens / seconds:,.0f} tokens/s", file=sys.stderr)
+    print(f"\r{n_documents:,} documents, {n_tokens:,} tokens in {seconds:.1f} s, {n_tokens / seconds:,.0f} tokens/s", file=sys.stderr, flush=True)
 
 
 def _groups(documents, characters: int = 200_000):

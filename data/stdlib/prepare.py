@@ -15,18 +15,23 @@ LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib
 
 
 def documents():
-    """Sources of the standard library without its tests, in the order of their paths, cut at top-level definitions
-    into documents of about what a short context holds: so validation sees all kinds of module."""
+    """Sources of the standard library without its tests, in the order of their paths, each cut into documents."""
     stdlib = Path(sysconfig.get_path("stdlib"))
     for path in sorted(stdlib.rglob("*.py")):
         if not LEFT_OUT & set(path.relative_to(stdlib).parts):
             yield from cut(path.read_text(encoding="utf-8", errors="replace"))
 
 
-def cut(source: str, characters: int = 2_000):
+def cut(source: str, at_definition: int = 2_000, anywhere: int = 4_000):
+    """At the first top-level definition after so many characters, or, in a table, at the first line after more.
+
+    Documents of about one size make the validation split a fair sample: whole files would put the long tables of
+    character encodings, a seventh of all text and easy to predict, into the train split alone.
+    """
     lines, size = [], 0
     for line in source.splitlines(keepends=True):
-        if size >= characters and line.startswith(("def ", "class ", "async def ", "@")):
+        is_definition = line.startswith(("def ", "class ", "async def ", "@"))
+        if size >= (at_definition if is_definition else anywhere):
             yield "".join(lines)
             lines, size = [], 0
         lines.append(line)
