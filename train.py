@@ -241,9 +241,10 @@ def start_machine(config: TrainConfig) -> Machine:
             fail("compile=True needs a C++ compiler: install g++, or use --compile=False")
         if config.compile and not Path(sysconfig.get_path("include"), "Python.h").exists():
             fail("compile=True needs Python's headers: install python3-dev, or use --compile=False")
-    if config.deterministic:
+    if config.deterministic or device.type == "cpu":  # compiled code adds up embedding gradients in any order otherwise
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a help for debugging, and slow
     if world_size > 1:
         dist.init_process_group(backend)
     return Machine(rank, world_size, device, choose_dtype(config.dtype, device), peak_flops)

@@ -72,6 +72,7 @@ def train_here():
     threads = torch.get_num_threads()
 
     def train(arguments):
+        torch._dynamo.reset()  # a run of its own, as in a process of its own
         config = load_config(arguments)
         trainer = Trainer(config, start_machine(config))
         trainer.run()

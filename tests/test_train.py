@@ -1,0 +1,314 @@
+"""train.py: configuration, the step, one run on any number of processes, exact resume."""
+
+import copy
+import math
+import re
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from data.shards import Loader, open_dataset, samples_of_process
+from tests.conftest import (
+    VOCAB, assert_same_bits, fails_in_one_line, metrics_of, run_command, tiny_arguments, tiny_folder,
+)  # fmt: skip
+from train import Machine, TrainConfig, load_config
+
+# --- configuration
+
+
+def test_words_are_read_left_to_right_and_the_last_one_wins(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("import math\n_base = 2\nn_layer = _base * 4\nlearning_rate = 1\ncompile = False\n")
+    config = load_config(["--n_layer=3", str(file), "--learning_rate=0.5", "--seed=7", "--learning_rate=3e-2"])
+    assert (config.n_layer, config.learning_rate, config.seed, config.compile) == (8, 0.03, 7, False)
+    assert load_config([str(file)]).learning_rate == 1.0 and isinstance(load_config([str(file)]).learning_rate, float)
+    assert load_config([]) == TrainConfig()
+
+
+def test_the_shipped_configs_say_what_they_are():
+    main_job = load_config(["config/oec.py"])
+    assert main_job.oec == "mu_centering" and main_job == load_config(["config/gpt2_124m.py", "config/oec.py"])
+    sizes = {"16m": (6, 4, 224), "29m": (9, 4, 320), "57m": (12, 4, 480), "109m": (15, 4, 640), "221m": (21, 4, 832)}
+    for name, size in sizes.items():
+        config = load_config([f"config/paper_{name}.py"])
+        assert (config.n_layer, config.n_head, config.n_embd) == size
+        assert (config.block_size, config.batch_size, config.max_steps, config.warmup_steps) == (2048, 64, 100_000, 5_000)
+        assert (config.beta1, config.beta2, config.adam_epsilon, config.weight_decay) == (0.9, 0.95, 1e-8, 0.0)
+        assert (config.grad_clip, config.min_learning_rate, config.vocab_size) == (1.0, 1e-5, 50257)
+        assert config.padded_vocab_size == 50304
+    methods = {
+        "baseline": ("none", 0.0, 0.0), "mu_loss": ("mu_loss", 0.0, 0.0), "oec": ("mu_centering", 0.0, 0.0),
+        "z_loss": ("none", 1e-4, 0.0), "softcap": ("none", 0.0, 30.0),
+    }  # fmt: skip
+    for name, expected in methods.items():
+        config = load_config(["config/paper_16m.py", f"config/{name}.py"])
+        assert (config.oec, config.z_loss_weight, config.logit_softcap) == expected
+
+
+def test_every_knob_has_a_comment_and_help_shows_it(capsys):
+    with pytest.raises(SystemExit) as end:
+        load_config(["--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    for name in TrainConfig.__dataclass_fields__:
+        assert re.search(rf"^    {name}: \w+ = .+  # \w", text, re.MULTILINE), name
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    (
+        (["--learning_rat=3"], "learning_rate"),
+        (["--n_layer=2.5"], "n_layer"),
+        (["--n_layer=two"], "int"),
+        (["--compile=yes"], "True or False"),
+        (["--learning_rate=nan"], "learning_rate"),
+        (["--learning_rate=inf"], "learning_rate"),
+        (["--learning_rate"], "--key=value"),
+        (["learning_rate=3"], "--key=value"),
+        (["config/none.py"], "config/none.py"),
+        (["--n_embd=100", "--n_head=3"], "divisible"),
+        (["--batch_size=10", "--micro_batch_size=4"], "divisible"),
+        (["--oec=centering"], "mu_centering"),
+        (["--dtype=float8"], "float16"),
+        (["--device=tpu"], "cuda"),
+        (["--dataset=../shared"], "--data_dir"),
+        (["--dataset=/etc"], "--data_dir"),
+        (["--dataset="], "--data_dir"),
+        (["--dataset=.."], "--data_dir"),
+        (["--max_steps=10", "--warmup_steps=10"], "warmup_steps"),
+        (["--eval_interval=100", "--checkpoint_interval=150"], "multiple"),
+        (["--beta2=1"], "beta2"),
+        (["--seed=-1"], "seed"),
+        (["--max_steps=" + "9" * 30], "max_steps"),
+        (["--out_dir=a\0b"], "out_dir"),
+        (["--=3"], "unknown"),
+        ([""], "neither"),
+    ),
+)
+def test_bad_settings_are_one_line(capsys, words, says):
+    assert says in fails_in_one_line(capsys, load_config, words)
+
+
+@pytest.mark.parametrize(
+    "content, says",
+    (
+        ("n_layers = 2", "n_layer"),
+        ("n_layer = True", "must be int"),
+        ("n_layer = 2.0", "must be int"),
+        ("learning_rate = '3'", "must be float"),
+        ("compile = 1", "must be bool"),
+        ("n_layer = ", "SyntaxError"),
+        ("1 / 0", "ZeroDivisionError"),
+        ("exit(0)", "SystemExit"),
+        ("learning_rate = 10**400", "learning_rate"),
+        ("def helper(): pass", "helper"),
+    ),
+)
+def test_bad_config_files_are_one_line(tmp_path, capsys, content, says):
+    file = tmp_path / "bad.py"
+    file.write_text(content)
+    line = fails_in_one_line(capsys, load_config, [str(file)])
+    assert says in line and "bad.py" in line
+
+
+def test_a_batch_must_divide_over_the_processes(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "3 processes" in fails_in_one_line(capsys, load_config, ["--batch_size=8", "--micro_batch_size=4"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the GPU whose absence is tested")
+def test_a_missing_gpu_is_one_line(data, tmp_path, capsys, train_here):
+    arguments = tiny_arguments(data, tmp_path / "out", device="cuda")
+    assert "finds 0 GPUs" in fails_in_one_line(capsys, train_here, arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_unusable_folders_are_one_line_and_touch_nothing(data, tmp_path, capsys, train_here):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    assert "out_dir" in fails_in_one_line(capsys, train_here, tiny_arguments(data, file / "out"))
+    assert "out_dir" in fails_in_one_line(capsys, train_here, tiny_arguments(data, file))
+    assert file.read_text() == "mine"
+    before = sorted(data.iterdir())
+    for changes in ({"data_dir": tmp_path / "none"}, {"block_size": 5000}, {"vocab_size": 200}):
+        fails_in_one_line(capsys, train_here, tiny_arguments(data, tmp_path / "out", **changes))
+    assert sorted(data.iterdir()) == before and not list((tmp_path / "out").glob("*"))
+
+
+# --- the parts of a step
+
+
+def test_learning_rate_warms_up_and_falls_along_a_cosine():
+    config = TrainConfig(max_steps=100, warmup_steps=10, learning_rate=1.0, min_learning_rate=0.1)
+    rates = [train.learning_rate(config, step) for step in range(100)]
+    assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0 and rates[99] == pytest.approx(0.1)
+    assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[54] + rates[55] == pytest.approx(1.1)  # half way down at half time
+    assert train.learning_rate(TrainConfig(max_steps=1, warmup_steps=0), 0) == 6e-4
+
+
+def test_optimizer_groups_hold_each_parameter_once():
+    config = TrainConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=300, weight_decay=0.3, tie_weights=True)
+    model = train.GPT(config)
+    decayed, others = train.make_optimizer(model, config).param_groups
+    assert decayed["weight_decay"] == 0.3 and others["weight_decay"] == 0
+    assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
+    assert all(p.ndim == 2 for p in decayed["params"]) and all(p.ndim == 1 for p in others["params"])
+
+
+def test_averages_are_those_of_one_pass_over_all_tokens():
+    config = TrainConfig(n_layer=1, n_head=2, n_embd=32, vocab_size=300, block_size=16)
+    model = train.GPT(config).double()
+    tokens = torch.randint(0, 300, (6, 17), generator=torch.Generator().manual_seed(0))
+    whole = model(tokens[:, :-1], tokens[:, 1:])[1]
+    parts = [(len(part), model(part[:, :-1], part[:, 1:])[1]) for part in tokens.split((1, 2, 3))]
+    averaged = train.average(parts, Machine(0, 1, torch.device("cpu"), torch.float32))
+    for name, value in whole.items():
+        torch.testing.assert_close(averaged[name], value, msg=name)
+
+
+def test_evaluation_does_not_depend_on_the_micro_batch(data, tmp_path, train_here):
+    losses = []
+    for micro in (1, 4, 8):
+        train_here(tiny_arguments(data, tmp_path / str(micro), micro_batch_size=micro, max_steps=3))
+        losses.append(metrics_of(tmp_path / str(micro))[-1]["cross_entropy"])
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+
+
+# --- runs
+
+
+def test_a_run_leaves_what_the_design_says(data, tmp_path, train_here):
+    train_here(tiny_arguments(data, tmp_path / "out"))
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names[-2:] == ["config.json", "metrics.jsonl"] and "ckpt_0000012.pt" in names
+    lines = metrics_of(tmp_path / "out", timings=True)
+    assert [x["step"] for x in lines if x["split"] == "train"] == list(range(1, 13))
+    assert [x["step"] for x in lines if x["split"] == "val"] == [4, 8, 12]
+    fields = "step tokens loss cross_entropy lr grad_norm tokens_per_second mfu log_z logit_mean logit_std logit_absmax mu_norm mu_ratio"
+    assert set(fields.split()) <= lines[0].keys()
+    assert lines[0]["tokens"] == 8 * 32 and lines[-1]["loss"] < lines[0]["loss"] - 1
+    state = train.read_checkpoint(tmp_path / "out" / "ckpt_0000012.pt")
+    assert not any(name.startswith(("module.", "_orig_mod.")) for name in state["model"])
+
+
+def test_the_last_two_checkpoints_and_the_best_are_kept(data, tmp_path, train_here, monkeypatch):
+    losses = iter([3.0, 1.0, 2.0, 4.0, 5.0])
+    real = train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda *a: real(*a) | {"cross_entropy": next(losses)})
+    train_here(tiny_arguments(data, tmp_path / "out", max_steps=10, eval_interval=2))
+    assert [p.name for p in sorted((tmp_path / "out").glob("ckpt*"))] == [f"ckpt_{s:07d}.pt" for s in (4, 8, 10)]
+
+
+@pytest.mark.parametrize("method", ("mu_centering_step", "mu_loss", "none"))
+@pytest.mark.parametrize("settings", ({"dtype": "float32"}, {"dtype": "bfloat16", "compile": True}))
+def test_stopped_and_resumed_is_never_stopped(data, tmp_path, train_here, settings, method):
+    """Bit for bit: parameters, optimizer state, metrics; the learning rate's schedule is that of the whole run."""
+    if settings.get("compile") and method != "mu_loss":
+        pytest.skip("one compiled method is enough for the time it takes")
+    options = settings | {"oec": method, "eval_interval": 3, "log_interval": 2}
+    train_here(tiny_arguments(data, tmp_path / "whole", **options))
+
+    class Stop(Exception):
+        pass
+
+    original, seen = train.Trainer.update, []
+
+    def update(self, batches):
+        if self.step == 8 and not seen:
+            seen.append(1)
+            raise Stop
+        return original(self, batches)
+
+    train.Trainer.update = update
+    try:
+        with pytest.raises(Stop):
+            train_here(tiny_arguments(data, tmp_path / "parts", **options))
+    finally:
+        train.Trainer.update = original
+    assert metrics_of(tmp_path / "parts")[-1]["step"] == 8  # beyond the checkpoint of step 6
+    train_here(tiny_arguments(data, tmp_path / "parts", **options))
+    whole, parts = (train.read_checkpoint(tmp_path / name / "ckpt_0000012.pt") for name in ("whole", "parts"))
+    for state in (whole, parts):
+        del state["config"]["out_dir"]
+    assert_same_bits(whole, parts)
+    logged = [[x for x in metrics_of(tmp_path / name) if x["step"] != 7] for name in ("whole", "parts")]
+    assert logged[0] == logged[1]  # the first step after a resume is logged too: step 7
+
+
+def test_one_process_and_two_are_one_run(data, tmp_path):
+    losses = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        options = {"max_steps": 20, "eval_interval": 10, "batch_size": 16, "mu_loss_weight": 1e-2, "oec": "mu_loss"}
+        done = run_command(tiny_arguments(data, out, **options), processes)
+        assert done.returncode == 0, done.stderr
+        losses.append(np.array([x["loss"] for x in metrics_of(out)]))
+    assert len(losses[0]) == 22
+    assert np.abs(losses[0] - losses[1]).max() <= 1e-5
+
+
+def test_a_non_finite_step_is_left_out(data, tmp_path, train_here, monkeypatch):
+    """Neither parameters nor moments nor Adam's step count see it; it is counted."""
+    original, seen = train.Trainer.update, []
+
+    def state(trainer):
+        return copy.deepcopy((trainer.model.state_dict(), trainer.optimizer.state_dict()["state"]))
+
+    def update(self, batches):
+        if self.step != 5:
+            return original(self, batches)
+        poison = lambda gradient: gradient.index_fill(0, torch.tensor([1]), math.nan)
+        hook = self.model.blocks[0].mlp.up.weight.register_hook(poison)
+        before = state(self)
+        metrics = original(self, batches)
+        hook.remove()
+        assert_same_bits(dict(enumerate(before)), dict(enumerate(state(self))))
+        seen.append(self.step)
+        return metrics
+
+    monkeypatch.setattr(train.Trainer, "update", update)
+    trainer = train_here(tiny_arguments(data, tmp_path / "out"))
+    assert seen == [6] and metrics_of(tmp_path / "out")[-2]["bad_steps"] == 1
+    assert {int(s["step"]) for s in trainer.optimizer.state.values()} == {11}
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run_with_3(data, tmp_path, train_here, capsys):
+    with pytest.raises(SystemExit) as end:
+        options = {"learning_rate": 1e30, "min_learning_rate": 0.0, "max_bad_steps": 3, "max_steps": 40, "grad_clip": 0.0}
+        train_here(tiny_arguments(data, tmp_path / "out", **options))
+    assert end.value.code == 3
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert last.startswith("diverged: 3 steps in a row") and "went bad first" in last and "‖μ‖" in last
+
+
+def test_the_loader_is_far_faster_than_the_demo_trains(tmp_path):
+    """20 times the tokens per second of the demo's forward and backward passes, eager here to spare the compiling."""
+    config = load_config(["config/quick.py"])
+    windows, _ = open_dataset(tiny_folder(tmp_path / "tiny"), config.block_size, VOCAB)
+    samples = samples_of_process(0, 2000, config.batch_size, config.micro_batch_size, 0, 1)
+    start = time.perf_counter()
+    tokens = sum(batch.numel() for batch, _ in Loader(windows, samples, 1, torch.device("cpu")))
+    loader_rate = tokens / (time.perf_counter() - start)
+    model = train.GPT(config)
+    batch = torch.randint(0, 4096, (config.micro_batch_size, config.block_size))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(batch, batch)[0].backward()
+        start = time.perf_counter()
+        for _ in range(3):
+            model(batch, batch)[0].backward()
+    assert loader_rate > 20 * 3 * batch.numel() / (time.perf_counter() - start)
+
+
+@pytest.mark.gpu
+def test_resume_on_a_gpu_is_exact_when_deterministic(data, tmp_path, train_here):
+    options = {"device": "cuda", "dtype": "bfloat16", "deterministic": True, "compile": True, "eval_interval": 6}
+    train_here(tiny_arguments(data, tmp_path / "whole", **options))
+    train_here(tiny_arguments(data, tmp_path / "parts", **options))
+    (tmp_path / "parts" / "ckpt_0000012.pt").unlink()
+    train_here(tiny_arguments(data, tmp_path / "parts", **options))
+    whole, parts = (train.read_checkpoint(tmp_path / name / "ckpt_0000012.pt") for name in ("whole", "parts"))
+    assert_same_bits(whole["model"], parts["model"])
