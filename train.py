@@ -124,20 +124,20 @@ def read_config_file(path: str) -> dict:
     return settings
 
 
-def field_type(key: str, where: str = "") -> type:
-    known = {field.name: field.type for field in fields(TrainConfig)}
-    if key not in known:
-        nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
-        fail(f"unknown setting {key!r:.80}{where}: did you mean {nearest}? (--help lists all)")
-    return known[key]
-
-
 def parse(key: str, text: str):
     wanted = field_type(key)
     try:
         return {"True": True, "False": False}[text] if wanted is bool else wanted(text)
     except (KeyError, ValueError):
         fail(f"--{key}={text!r:.80} must be {'True or False' if wanted is bool else wanted.__name__}")
+
+
+def field_type(key: str, where: str = "") -> type:
+    known = {field.name: field.type for field in fields(TrainConfig)}
+    if key not in known:
+        nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
+        fail(f"unknown setting {key!r:.80}{where}: did you mean {nearest}? (--help lists all)")
+    return known[key]
 
 
 def check_config(config: TrainConfig):
@@ -235,29 +235,23 @@ def start_machine(config: TrainConfig) -> Machine:
         name = torch.cuda.get_device_name(device)
         peak_flops = next((flops for part, flops in PEAK_FLOPS.items() if part in name), math.nan)
         backend = "cpu:gloo,cuda:nccl"  # gloo, for agreeing on when to stop, does not wait for the GPU
+        best_dtype = torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     else:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))  # torchrun leaves each only one
         if config.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
             fail("compile=True needs a C++ compiler: install g++, or use --compile=False")
         if config.compile and not Path(sysconfig.get_path("include"), "Python.h").exists():
             fail("compile=True needs Python's headers: install python3-dev, or use --compile=False")
+        has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        best_dtype = torch.bfloat16 if has_bfloat16 else torch.float32
     if config.deterministic or device.type == "cpu":  # compiled code adds up embedding gradients in any order otherwise
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # a help for debugging, and slow
     if world_size > 1:
         dist.init_process_group(backend)
-    return Machine(rank, world_size, device, choose_dtype(config.dtype, device), peak_flops)
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """auto: bfloat16 where the machine multiplies it natively; else float16 on a GPU and float32 on a CPU."""
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if has_bfloat16 else torch.float32
+    dtype = best_dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    return Machine(rank, world_size, device, dtype, peak_flops)
 
 
 class StopRequest:
@@ -273,8 +267,8 @@ class StopRequest:
         if self.received_at is None:
             self.received_at = now
             os.write(1, b"\nstopping after this step (Ctrl-C again: at once)\n" if self.machine.rank == 0 else b"")
-        # torchrun passes on the Ctrl-C that the terminal has sent already: within a second it is the same one.
-        elif number == signal.SIGINT and now - self.received_at > 1:
+        # torchrun passes on the Ctrl-C that the terminal has sent already: within half a second it is the same one.
+        elif number == signal.SIGINT and now - self.received_at > 0.5:
             os.write(2, b"\nstopped at once; the checkpoints written before are whole\n")
             os._exit(130)
 
@@ -357,10 +351,7 @@ class Metrics:
 
 # --- checkpoints ---------------------------------------------------------------------------------
 
-CHECKPOINT_PARTS = {
-    "model": dict, "optimizer": dict, "scaler": dict, "config": dict, "data": dict,
-    "random_state": torch.Tensor, "step": int, "best_loss": float, "best_step": int,
-}  # fmt: skip
+CHECKPOINT_PARTS = set("model optimizer scaler config data random_state bad_steps step best_loss best_step".split())
 
 
 def checkpoint_path(out_dir: Path, step: int) -> Path:
@@ -382,9 +373,8 @@ def read_checkpoint(path: Path) -> dict:
             if damaged := archive.testzip():  # torch.load does not look at the checksums
                 raise ValueError(f"the checksum of {damaged} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        for name, kind in CHECKPOINT_PARTS.items():
-            if not isinstance(state[name], kind):
-                raise ValueError(f"{name} is no {kind.__name__}")
+        if missing := CHECKPOINT_PARTS - state.keys():
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         if re.fullmatch(r"ckpt_\d+\.pt", path.name) and path != checkpoint_path(path.parent, state["step"]):
             raise ValueError(f"it holds step {state['step']}")
         return state
@@ -504,11 +494,12 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, config)
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
         self.step, self.best_loss, self.best_step = 0, math.inf, 0
+        # Steps with a non-finite loss or gradient, counted on the device: all of them, and those in a row up to now.
+        self.bad_total, self.bad_in_row = torch.zeros(2, dtype=torch.int64, device=machine.device)
+        self.first_bad = {}  # the metrics of the first of the latest row
         if path := machine.from_main(lambda: find_checkpoint(config, self.out_dir)):
             self.restore(path)
-        # Steps with a non-finite loss or gradient, counted on the device: all, in a row, the longest row.
-        self.bad_total, self.bad_in_row, self.bad_longest = torch.zeros(3, dtype=torch.int64, device=machine.device)
-        self.first_bad = {}  # the metrics of the first of the latest row
+        self.bad_longest = self.bad_in_row
         if machine.rank == 0:
             self.guard_writes(self.open_files, must=True)
         self.compiled = torch.compile(self.model) if config.compile else self.model
@@ -528,6 +519,7 @@ class Trainer:
             self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
             if self.scaler.is_enabled() and state["scaler"]:
                 self.scaler.load_state_dict(state["scaler"])
+            self.bad_total, self.bad_in_row = state["bad_steps"].to(self.machine.device)
             torch.set_rng_state(state["random_state"])
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             fail(f"{path} cannot be gone on from: {one_line(error)}")
@@ -542,6 +534,7 @@ class Trainer:
             "config": asdict(self.config),
             "data": self.fingerprint,
             "random_state": torch.get_rng_state(),
+            "bad_steps": torch.stack((self.bad_total, self.bad_in_row)),
             "step": self.step,
             "best_loss": self.best_loss,
             "best_step": self.best_step,
@@ -608,11 +601,12 @@ class Trainer:
         values["mfu"] = tokens_per_second * self.model.flops_per_token() / (machine.peak_flops * machine.world_size)
         self.write_metrics("train", values)
         machine.say(
-            f"step {self.step}/{config.max_steps} | loss {values['loss']:.4f} | {tokens_per_second:,.0f} tokens/s"
+            f"step {self.step}/{config.max_steps} | loss {values['loss']:.4f}"
+            + (f" | {tokens_per_second:,.0f} tokens/s" if tokens_per_second else "")
             + (f" | MFU {values['mfu']:.1%}" if math.isfinite(values["mfu"]) else "")
             + f" | ‖μ‖ {values['mu_norm']:.3g} | mean logit {values['logit_mean']:.3g}"
             + (f" | {values['bad_steps']} bad steps" if values["bad_steps"] else "")
-            + (f" | {timedelta(seconds=round(seconds_left))} left" if math.isfinite(seconds_left) else "")
+            + (f" | {timedelta(seconds=round(seconds_left))} left" if tokens_per_second else "")
         )
         if self.bad_longest.item() >= config.max_bad_steps:
             first = {name: value.item() for name, value in self.first_bad.items()}
@@ -649,9 +643,7 @@ class Trainer:
         samples = samples_of_process(self.step, config.max_steps, config.batch_size, config.micro_batch_size, machine.rank, machine.world_size)
         loader = Loader(self.train_data, samples, config.seed, machine.device)
         batches = iter(loader)
-        first_step = logged_step = self.step
-        began = logged_at = time.monotonic()
-        is_stopping = False
+        first_step, is_stopping = self.step, False
         while self.step < config.max_steps and not is_stopping:
             metrics = self.update(batches)
             is_stopping = self.stop.agreed()
@@ -659,15 +651,17 @@ class Trainer:
             is_eval = is_last or config.eval_interval and self.step % config.eval_interval == 0
             save_interval = config.checkpoint_interval or config.eval_interval
             is_save = is_last or is_stopping or save_interval and self.step % save_interval == 0
-            if is_last or self.step % config.log_interval == 0 or self.step == first_step + 1:
+            if self.step == first_step + 1:  # compiles, and tells nothing of the speed
+                metrics["loss"].item()
+                began = logged_at = time.monotonic()
+                logged_step = self.step
+            if is_last or self.step % config.log_interval == 0 or self.step == 1:
                 metrics["loss"].item()  # waits for the device, so that the clock is right
                 now = time.monotonic()
                 tokens = (self.step - logged_step) * config.batch_size * config.block_size
-                # The first step compiles: it tells nothing about the others.
-                pace = (now - began) / (self.step - first_step - 1) if self.step > first_step + 1 else math.nan
+                pace = (now - began) / max(1, self.step - first_step - 1)
                 self.log(metrics, tokens / (now - logged_at), (config.max_steps - self.step) * pace)
                 logged_step, logged_at = self.step, time.monotonic()
-                began = logged_at if self.step == first_step + 1 else began
             if is_eval or is_save:
                 metrics["loss"].item()
                 paused_at = time.monotonic()

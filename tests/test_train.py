@@ -235,8 +235,7 @@ def test_stopped_and_resumed_is_never_stopped(data, tmp_path, train_here, settin
     for state in (whole, parts):
         del state["config"]["out_dir"]
     assert_same_bits(whole, parts)
-    logged = [[x for x in metrics_of(tmp_path / name) if x["step"] != 7] for name in ("whole", "parts")]
-    assert logged[0] == logged[1]  # the first step after a resume is logged too: step 7
+    assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "parts")
 
 
 def test_one_process_and_two_are_one_run(data, tmp_path):
