@@ -43,9 +43,23 @@ def undisturbed(tmp_path_factory):
     return data, folder / "out"
 
 
+started = []
+
+
+@pytest.fixture(autouse=True)
+def leave_no_process_behind():
+    yield
+    while started:
+        run = started.pop()
+        run.kill()
+        run.communicate()
+
+
 def start(data, out, processes=1, torchrun={}, **changes) -> subprocess.Popen:
     arguments = tiny_arguments(data, out, **{"max_steps": STEPS, "eval_interval": 5} | changes)
-    return subprocess.Popen(command(arguments, processes, **torchrun), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    run = subprocess.Popen(command(arguments, processes, **torchrun), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    started.append(run)
+    return run
 
 
 def wait_for_step(out: Path, step: int, seconds: float = 60):
