@@ -232,6 +232,9 @@ def check_model_config(config: GPTConfig):
         raise ValueError(f"n_embd={config.n_embd} must be divisible by n_head={config.n_head}")
     if config.n_embd // config.n_head % 4:
         raise ValueError(f"a head has n_embd / n_head = {config.n_embd // config.n_head} dimensions; rotary needs a multiple of 4")
+    parameters = config.n_embd * (2 * config.vocab_size + 12 * config.n_embd * config.n_layer)
+    if parameters > 1e13:
+        raise ValueError(f"n_layer={config.n_layer}, n_embd={config.n_embd}, vocab_size={config.vocab_size}: some {parameters:.0e} parameters, too many")
     if config.oec not in METHODS:
         raise ValueError(f"oec={config.oec!r} is none of {', '.join(METHODS)}")
     for name in ("mu_loss_weight", "z_loss_weight", "logit_softcap"):

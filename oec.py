@@ -19,6 +19,7 @@ Adam makes μ drift. Four remedies:
 Padding rows never enter a mean, a statistic or log Z. This file needs PyTorch and nothing else.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -131,49 +132,67 @@ def unembedding_loss(
         chunk_rows = max(1, -(-len(hidden) // chunks))  # all chunks about equal
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or W.requires_grad)
     options = (vocab_size, z_loss_weight, soft_cap, ignore_index, chunk_rows, compute_dtype, needs_grad)
-    loss, statistics = _ChunkedUnembedding.apply(hidden, W, targets, *options)
+    loss, statistics, *_ = _unembedding(hidden, W, targets, *options, torch.compiler.is_compiling())
     return UnembeddingLoss(loss, *statistics.detach().unbind())
 
 
-class _ChunkedUnembedding(torch.autograd.Function):
-    """Gradients are formed in `forward`, as sums over tokens; `backward` scales them by 1/count in float32.
+# One operator, opaque to the compiler: left to itself it would fuse the chunks and hold all their logits at once.
+@torch.library.custom_op("nanooec::unembedding", mutates_args=())
+def _unembedding(
+    hidden: Tensor, W: Tensor, targets: Tensor, vocab_size: int, z_weight: float, cap: float, ignore_index: int,
+    chunk_rows: int, dtype: torch.dtype, needs_grad: bool, compiled: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Loss, the other scalars of UnembeddingLoss, ∂(sum over tokens)/∂hidden and ∂/∂W, and 1/count.
 
-    The 1/count waits for float32 because half precision would lose it: 1/N times a probability of one
-    in 50,000 is below float16's smallest number.
+    Gradients are formed here, where the logits are, as sums over tokens. The 1/count waits for `backward` and float32:
+    half precision would lose it, since 1/N times a probability of one in 50,000 is below float16's smallest number.
     """
-
-    @staticmethod
-    def forward(ctx, hidden, W, targets, vocab_size, z_weight, cap, ignore_index, chunk_rows, dtype, needs_grad):
-        wide = torch.promote_types(dtype, torch.float32)
+    wide = torch.promote_types(dtype, torch.float32)
+    softmax_pass = _compiled_softmax_pass() if compiled else _softmax_pass
+    (N, d), rows = hidden.shape, W.shape[0]
+    with torch.autocast(hidden.device.type, enabled=False):
         hidden_low, W_low = hidden.to(dtype), W.to(dtype)
-        grad_hidden, per_token = [], []
-        grad_W = None
-        for h, target in zip(hidden_low.split(chunk_rows), targets.split(chunk_rows)):
-            logits = h @ W_low.T  # (rows, padded_vocab)
-            counted = target != ignore_index
-            statistics, grad_logits = _softmax_pass(logits, target, counted, vocab_size, z_weight, cap, wide)
-            per_token.append(statistics)
+        buffer = hidden_low.new_empty(min(chunk_rows, N), rows)  # one chunk's logits, then their gradient
+        statistics = hidden.new_empty(5, N, dtype=wide)
+        grad_hidden = hidden_low.new_empty(N if needs_grad else 0, d)
+        grad_W = W.new_zeros(rows if needs_grad else 0, d, dtype=wide)
+        for first in range(0, N, chunk_rows):
+            chunk = slice(first, first + chunk_rows)
+            h, target = hidden_low[chunk], targets[chunk]
+            logits = torch.mm(h, W_low.T, out=buffer[: len(h)])
+            statistics[:, chunk] = softmax_pass(logits, target, vocab_size, z_weight, cap, ignore_index, wide, needs_grad)
             if needs_grad:
-                grad_hidden.append(grad_logits @ W_low)  # (rows, d)
-                grad_W_chunk = (grad_logits.T @ h).to(wide)  # (padded_vocab, d)
-                grad_W = grad_W_chunk if grad_W is None else grad_W + grad_W_chunk
-        statistics = [torch.cat(column) for column in zip(*per_token)]
-        loss, statistics, inverse_count = _reduce(statistics, targets != ignore_index, vocab_size, z_weight)
-        if needs_grad:
-            ctx.save_for_backward(torch.cat(grad_hidden), grad_W, inverse_count)
-            ctx.dtypes = hidden.dtype, W.dtype
-        return loss, statistics
-
-    @staticmethod
-    def backward(ctx, grad_loss, _):
-        grad_hidden, grad_W, inverse_count = ctx.saved_tensors
-        scale = grad_loss * inverse_count
-        hidden_dtype, W_dtype = ctx.dtypes
-        return (grad_hidden * scale).to(hidden_dtype), (grad_W * scale).to(W_dtype), *[None] * 8
+                torch.mm(logits, W_low, out=grad_hidden[chunk])
+                grad_W.addmm_(logits.T, h) if dtype == wide else grad_W.add_(logits.T @ h)
+        loss, reported, inverse_count = _reduce(statistics, targets != ignore_index, z_weight)
+    return loss, reported, grad_hidden, grad_W, inverse_count
 
 
-def _softmax_pass(logits, target, counted, vocab_size, z_weight, cap, wide):
-    """One chunk: per-token statistics and ∂(Σ over tokens of the loss)/∂(logits before the cap), in `logits.dtype`.
+@_unembedding.register_fake
+def _(hidden, W, targets, vocab_size, z_weight, cap, ignore_index, chunk_rows, dtype, needs_grad, compiled):
+    wide, n = torch.promote_types(dtype, torch.float32), int(needs_grad)
+    scalar = hidden.new_empty((), dtype=wide)
+    grad_hidden = hidden.new_empty(n * hidden.shape[0], hidden.shape[1], dtype=dtype)
+    grad_W = W.new_empty(n * W.shape[0], W.shape[1], dtype=wide)
+    return scalar, hidden.new_empty(6, dtype=wide), grad_hidden, grad_W, torch.empty_like(scalar)
+
+
+def _save_gradients(ctx, inputs, output):
+    ctx.save_for_backward(*output[2:])
+    ctx.dtypes = inputs[0].dtype, inputs[1].dtype
+
+
+def _scale_gradients(ctx, grad_loss, *_):
+    grad_hidden, grad_W, inverse_count = ctx.saved_tensors
+    scale = grad_loss * inverse_count
+    return (grad_hidden * scale).to(ctx.dtypes[0]), (grad_W * scale).to(ctx.dtypes[1]), *[None] * 9
+
+
+_unembedding.register_autograd(_scale_gradients, setup_context=_save_gradients)
+
+
+def _softmax_pass(logits, target, vocab_size, z_weight, cap, ignore_index, wide, needs_grad):
+    """One chunk: five numbers a token, (5, rows); `logits` become ∂(Σ over tokens of the loss)/∂(logits before the cap).
 
         L         = log Z − l_target + λ (log Z)²
         ∂L/∂l_i   = p_i (1 + 2 λ log Z) − 1[i = target]
@@ -182,36 +201,37 @@ def _softmax_pass(logits, target, counted, vocab_size, z_weight, cap, wide):
     Mean and variance of a token's logits are taken about its largest logit: nothing cancels when all of
     them have drifted far from zero together, which is the case worth watching.
     """
-    l = soft_cap(logits.to(wide), cap)  # (rows, padded_vocab)
-    column = torch.arange(l.shape[1], device=l.device)
-    is_real = column < vocab_size
-    l_real = l if vocab_size == l.shape[1] else l.masked_fill(~is_real, -torch.inf)
-    highest = l_real.amax(dim=1, keepdim=True)
-    lowest = l.masked_fill(~is_real, torch.inf).amin(dim=1)
-    below_highest = l_real - highest
-    exponential = below_highest.exp()
-    sum_exponential = exponential.sum(dim=1, keepdim=True)
-    log_z = highest + sum_exponential.log()  # (rows, 1)
+    raw = logits[:, :vocab_size]
+    l = soft_cap(raw.to(wide), cap)  # (rows, V)
+    highest = l.amax(dim=1, keepdim=True)
+    below_highest = l - highest
+    log_sum = below_highest.exp().sum(dim=1, keepdim=True).log()
+    log_z = highest + log_sum  # (rows, 1)
 
-    is_target = column == target[:, None]
-    l_target = torch.where(is_target, l, 0.0).sum(dim=1)
-    distance = torch.where(is_real, below_highest, 0.0)
-    mean_distance = distance.sum(dim=1) / vocab_size
-    variance = distance.square().sum(dim=1) / vocab_size - mean_distance.square()
-    absmax = torch.maximum(highest[:, 0].abs(), lowest.abs())
-    statistics = (log_z[:, 0], l_target, highest[:, 0] + mean_distance, variance, absmax)
-
-    probability = exponential / sum_exponential
-    grad = probability * (1 + 2 * z_weight * log_z) - is_target.to(wide)
-    if cap:
-        grad = grad * (1 - (l / cap).square())
-    grad = torch.where(counted[:, None], grad, 0.0)
-    return statistics, grad.to(logits.dtype)
+    l_target = l.gather(1, target.clamp(min=0)[:, None])
+    mean_distance = below_highest.sum(dim=1, keepdim=True) / vocab_size
+    variance = below_highest.square().sum(dim=1, keepdim=True) / vocab_size - mean_distance.square()
+    absmax = torch.maximum(highest.abs(), l.amin(dim=1, keepdim=True).abs())
+    statistics = torch.cat((log_z, l_target, highest + mean_distance, variance, absmax), dim=1).T
+    if needs_grad:
+        is_target = torch.arange(vocab_size, device=l.device, dtype=torch.int32) == target[:, None].int()
+        # The probability once more from its exponent: cheaper than a second buffer of a chunk's size.
+        grad = (below_highest - log_sum).exp() * (1 + 2 * z_weight * log_z) - is_target.to(wide)
+        if cap:
+            grad = grad * (1 - (l / cap).square())
+        raw.copy_(torch.where((target != ignore_index)[:, None], grad, 0.0))
+        logits[:, vocab_size:] = 0
+    return statistics
 
 
-def _reduce(statistics, counted, vocab_size, z_weight):
-    """Per-token vectors (N,) to the loss, the other scalars of UnembeddingLoss as one vector, and 1/count."""
-    log_z, l_target, mean, variance, absmax = (torch.where(counted, column, 0.0) for column in statistics)
+@cache
+def _compiled_softmax_pass():
+    return torch.compile(_softmax_pass, dynamic=False)
+
+
+def _reduce(statistics, counted, z_weight):
+    """(5, N) numbers of tokens to the loss, the other scalars of UnembeddingLoss as one vector, and 1/count."""
+    log_z, l_target, mean, variance, absmax = torch.where(counted, statistics, 0.0)
     inverse_count = 1 / counted.sum().clamp(min=1).to(log_z.dtype)
     cross_entropy = (log_z - l_target).sum() * inverse_count
     z_loss = log_z.square().sum() * inverse_count

@@ -8,6 +8,7 @@ From top to bottom: configuration, the machine, the run's folder, checkpoints, t
 """
 
 import difflib
+import fcntl
 import inspect
 import json
 import math
@@ -18,11 +19,13 @@ import shutil
 import signal
 import sys
 import sysconfig
+import threading
 import time
 import zipfile
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
+from itertools import count
 from pathlib import Path
 from types import ModuleType
 
@@ -32,7 +35,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import oec
-from data.shards import Loader, TokenWindows, fail, open_dataset, permute, samples_of_process
+from data.shards import Loader, TokenWindows, available_cores, fail, open_dataset, permute, samples_of_process
 from model import GPT, GPTConfig, check_model_config
 
 ROOT = Path(__file__).resolve().parent
@@ -108,16 +111,18 @@ def load_config(argv: list[str]) -> TrainConfig:
 
 def read_config_file(path: str) -> dict:
     """The assignments of a config file: Python code, and it is run. Modules and _names are its own business."""
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         fail(f"there is no config file {path}")
     try:
         assigned = runpy.run_path(path)
     except (Exception, SystemExit) as error:
         fail(f"config file {path} fails: {one_line(error)}")
-    settings = {k: v for k, v in assigned.items() if not k.startswith("_") and not isinstance(v, ModuleType)}
+    settings = {k: v for k, v in assigned.items() if not str(k).startswith("_") and not isinstance(v, ModuleType)}
     for key, value in settings.items():
         wanted = field_type(key, f" in {path}")
-        if wanted is float and type(value) is int and abs(value) < 2**63:
+        if type(value) is int and abs(value) >= 2**63:
+            fail(f"{key} in {path} is too large a number")
+        if wanted is float and type(value) is int:
             settings[key] = float(value)
         elif type(value) is not wanted:
             fail(f"{key} in {path} must be {wanted.__name__}, not {type(value).__name__}")
@@ -197,8 +202,12 @@ class Machine:
     peak_flops: float = math.nan  # FLOP/s of this process's device; nan: unknown
 
     def say(self, message: str):
+        """To standard output; where that is a closed pipe or a full disk, training goes on without it."""
         if self.rank == 0:
-            print(message, flush=True)
+            try:
+                print(message, flush=True)
+            except OSError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def autocast(self):
         return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
@@ -209,18 +218,20 @@ class Machine:
         return tensor
 
     def from_main(self, make):
-        """What `make()` returns on process 0, for all; where it ends the program there, all end."""
-        box = [None, None]
+        """What `make()` returns on process 0, for all; where it fails there, all end with its exit status."""
+        result = status = error = None
         if self.rank == 0:
             try:
-                box[0] = make()
-            except SystemExit as end:
-                box[1] = end.code
+                result = make()
+            except BaseException as raised:
+                error, status = raised, getattr(raised, "code", 1)
         if self.world_size > 1:
+            box = [result, status]
             dist.broadcast_object_list(box, src=0)
-        if box[1] is not None:
-            raise SystemExit(box[1])
-        return box[0]
+            result, status = box
+        if status is not None:
+            raise error or SystemExit(status)
+        return result
 
 
 def start_machine(config: TrainConfig) -> Machine:
@@ -237,7 +248,7 @@ def start_machine(config: TrainConfig) -> Machine:
         backend = "cpu:gloo,cuda:nccl"  # gloo, for agreeing on when to stop, does not wait for the GPU
         best_dtype = torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     else:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))  # torchrun leaves each only one
+        torch.set_num_threads(max(1, available_cores() // local_world_size))  # torchrun leaves each only one
         if config.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
             fail("compile=True needs a C++ compiler: install g++, or use --compile=False")
         if config.compile and not Path(sysconfig.get_path("include"), "Python.h").exists():
@@ -255,52 +266,104 @@ def start_machine(config: TrainConfig) -> Machine:
 
 
 class StopRequest:
-    """SIGTERM or Ctrl-C: finish the step, save, leave with 0. A second Ctrl-C leaves at once."""
+    """SIGTERM or Ctrl-C: finish the step, save, leave with 0. A second Ctrl-C leaves at once.
+
+    A thread watches for them, since Python's own handlers wait while the main thread is inside a long operation.
+    """
 
     def __init__(self, machine: Machine):
-        self.machine, self.received_at = machine, None
-        signal.signal(signal.SIGTERM, self._receive)
-        signal.signal(signal.SIGINT, self._receive)
+        self.machine, self.is_received = machine, False
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda number, frame: None)
+        self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        threading.Thread(target=self._watch, args=(reading,), daemon=True).start()
 
-    def _receive(self, number, _):
-        now = time.monotonic()
-        if self.received_at is None:
-            self.received_at = now
-            os.write(1, b"\nstopping after this step (Ctrl-C again: at once)\n" if self.machine.rank == 0 else b"")
+    def _watch(self, signals: int):
+        while os.read(signals, 1)[0] not in (signal.SIGTERM, signal.SIGINT):
+            pass
+        self.is_received, received_at = True, time.monotonic()
+        self.machine.say("\nstopping after this step (Ctrl-C again: at once)")
         # torchrun passes on the Ctrl-C that the terminal has sent already: within half a second it is the same one.
-        elif number == signal.SIGINT and now - self.received_at > 0.5:
+        while os.read(signals, 1)[0] != signal.SIGINT or time.monotonic() - received_at < 0.5:
+            pass
+        with suppress(OSError):
             os.write(2, b"\nstopped at once; the checkpoints written before are whole\n")
-            os._exit(130)
+        os._exit(130)
 
     def agreed(self) -> bool:
-        """True on all processes as soon as one has been told to stop."""
-        return bool(self.machine.all_reduce(torch.tensor(int(self.received_at is not None)), dist.ReduceOp.MAX))
+        """True on all processes as soon as one has been told to stop, or has lost the torchrun that started it."""
+        is_orphan = self.launcher not in (None, os.getppid())
+        return bool(self.machine.all_reduce(torch.tensor(int(self.is_received or is_orphan)), dist.ReduceOp.MAX))
 
 
 # --- the run's folder ----------------------------------------------------------------------------
 
 
-def open_out_dir(config: TrainConfig) -> Path:
-    """Makes the run's folder, shows that it can be written, and removes what a killed process left half-written."""
-    parts = {config.oec: config.oec != "none", "z_loss": config.z_loss_weight, "softcap": config.logit_softcap}
-    method = "+".join(name for name, is_on in (parts | {"tied": config.tie_weights}).items() if is_on) or "baseline"
-    size = f"{config.n_layer}x{config.n_embd}"
-    name = f"{config.dataset}-{size}-{method}-lr{config.learning_rate:g}-seed{config.seed}"
-    out_dir = Path(config.out_dir or f"out/{name}")
+def run_name(config: TrainConfig) -> str:
+    """What tells one run from another: data, size, method with its weights, learning rate, seed."""
+    methods = {
+        f"mu_loss{config.mu_loss_weight:g}" if config.oec == "mu_loss" else config.oec: config.oec != "none",
+        f"z_loss{config.z_loss_weight:g}": config.z_loss_weight,
+        f"softcap{config.logit_softcap:g}": config.logit_softcap,
+        "tied": config.tie_weights,
+    }
+    method = "+".join(name for name, is_on in methods.items() if is_on) or "baseline"
+    data = Path(config.data_dir).resolve().name if config.data_dir else config.dataset
+    return f"{data}-{config.n_layer}x{config.n_embd}-{method}-lr{config.learning_rate:g}-seed{config.seed}"
+
+
+def open_out_dir(config: TrainConfig) -> tuple[Path, str]:
+    """Makes the run's folder, locks it, removes what a killed process left half-written.
+
+    Returns the folder and what to go on from: auto, never or a path. Ends the program rather than touch another's files.
+    """
+    out_dir = Path(config.out_dir or f"out/{run_name(config)}")
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        for path in out_dir.glob("*.tmp"):
-            path.unlink()
-        write_whole(out_dir / "probe", b"")
-        (out_dir / "probe").unlink()
+        lock(out_dir)
+        earlier = json.loads((out_dir / "config.json").read_bytes()) if (out_dir / "config.json").exists() else {}
     except OSError as error:
         fail(f"out_dir={out_dir} cannot be written: {error.strerror}; choose another --out_dir")
-    has_checkpoint = any(out_dir.glob("ckpt_*.pt"))
-    if config.resume == "never" and (has_checkpoint or (out_dir / "metrics.jsonl").exists()):
+    except (ValueError, RecursionError):
+        earlier = None
+    is_ours = isinstance(earlier, dict) and "n_embd" in earlier
+    has_checkpoint, has_run = bool(checkpoints(out_dir)), earlier != {} or (out_dir / "metrics.jsonl").exists()
+    if has_run and not is_ours and not has_checkpoint:
+        fail(f"{out_dir} holds a config.json or metrics.jsonl that is no run's: choose another --out_dir")
+    if has_checkpoint and not is_ours:
+        print(f"{out_dir}/config.json is missing or damaged: it is written anew", flush=True)
+
+    # The same command started again goes on with what it had reached.
+    resume, restarts = config.resume, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    if restarts or resume not in ("auto", "never") and is_ours and earlier.get("resume") == resume:
+        resume = "auto" if has_checkpoint or resume == "never" else resume
+    if resume == "never" and (has_checkpoint or has_run):
         fail(f"{out_dir} holds a run and resume=never: choose another --out_dir, or go on with --resume=auto")
-    if config.resume not in ("auto", "never") and has_checkpoint:
-        fail(f"{out_dir} holds checkpoints of its own: give --resume={config.resume} another --out_dir")
-    return out_dir
+    if resume not in ("auto", "never") and has_checkpoint:
+        fail(f"{out_dir} holds checkpoints of its own: give --resume={resume} another --out_dir")
+    for path in out_dir.glob("*.tmp"):
+        if re.fullmatch(r"(ckpt_\d+\.pt|config\.json|metrics\.jsonl)\.tmp", path.name):
+            path.unlink()
+    return out_dir, resume
+
+
+held_locks = []  # open files: each lock lasts as long as this process
+
+
+def lock(out_dir: Path):
+    """Two processes writing one run would lose both; a killed one's may take some seconds to be gone."""
+    held_locks.append(open(out_dir / ".lock", "w"))
+    for attempt in range(30):
+        try:
+            return fcntl.lockf(held_locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            time.sleep(0.5)
+        except OSError:
+            return  # this file system has no locks
+    fail(f"another process is training into {out_dir}: stop it, or choose another --out_dir")
 
 
 def write_whole(path: Path, content):
@@ -315,8 +378,10 @@ def write_whole(path: Path, content):
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)  # the rename itself
         os.close(folder)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error.__context__, OSError):  # torch.save hides the disk's word behind one of its own
+            raise error.__context__ from None
         raise
 
 
@@ -329,7 +394,7 @@ class Metrics:
         for line in path.read_bytes().splitlines() if path.exists() else []:
             try:
                 kept += [line + b"\n"] if json.loads(line)["step"] <= step else []
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 pass  # cut off by a kill
         write_whole(path, b"".join(kept))
         self.file = open(path, "ab", buffering=0)
@@ -351,17 +416,25 @@ class Metrics:
 
 # --- checkpoints ---------------------------------------------------------------------------------
 
-CHECKPOINT_PARTS = set("model optimizer scaler config data random_state bad_steps step best_loss best_step".split())
+CHECKPOINT_PARTS = {
+    "model": dict, "optimizer": dict, "scaler": dict, "config": dict, "data": dict, "random_state": torch.Tensor,
+    "bad_steps": int, "step": int, "best_loss": float, "best_step": int,
+}  # fmt: skip
 
 
 def checkpoint_path(out_dir: Path, step: int) -> Path:
     return out_dir / f"ckpt_{step:07d}.pt"
 
 
+def checkpoints(out_dir: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first. Other names are the user's own files."""
+    return sorted((p for p in out_dir.glob("ckpt_*.pt") if p.stem[5:].isdecimal()), key=lambda p: int(p.stem[5:]))
+
+
 def save_checkpoint(out_dir: Path, state: dict):
     """Writes `ckpt_NNNNNNN.pt`, then removes all but the last two and the best."""
     write_whole(checkpoint_path(out_dir, state["step"]), lambda file: torch.save(state, file))
-    for path in sorted(out_dir.glob("ckpt_*.pt"))[:-2]:
+    for path in checkpoints(out_dir)[:-2]:
         if path != checkpoint_path(out_dir, state["best_step"]):
             path.unlink()
 
@@ -373,33 +446,27 @@ def read_checkpoint(path: Path) -> dict:
             if damaged := archive.testzip():  # torch.load does not look at the checksums
                 raise ValueError(f"the checksum of {damaged} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if missing := CHECKPOINT_PARTS - state.keys():
-            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-        if re.fullmatch(r"ckpt_\d+\.pt", path.name) and path != checkpoint_path(path.parent, state["step"]):
+        if wrong := [name for name, kind in CHECKPOINT_PARTS.items() if not isinstance(state.get(name), kind)]:
+            raise ValueError(f"it lacks a proper {', '.join(wrong)}")
+        if state["step"] < 1 or path in checkpoints(path.parent) and int(path.stem[5:]) != state["step"]:
             raise ValueError(f"it holds step {state['step']}")
         return state
     except Exception as error:  # whatever a damaged file can cause
         raise ValueError(f"{path} is no whole checkpoint: {one_line(error)}") from None
 
 
-def find_checkpoint(config: TrainConfig, out_dir: Path) -> Path | None:
-    """The newest whole checkpoint to go on from; None to begin. Damaged newer ones are reported and set aside."""
-    if config.resume == "never":
-        return None
-    problems = {}
-    for path in sorted(out_dir.glob("ckpt_*.pt"), reverse=True) if config.resume == "auto" else [Path(config.resume)]:
+def find_checkpoint(out_dir: Path, resume: str) -> tuple[Path | None, dict[Path, str]]:
+    """The newest whole checkpoint to go on from, None to begin; and what is wrong with the newer ones."""
+    damaged = {}
+    for path in {"auto": checkpoints(out_dir)[::-1], "never": []}.get(resume, [Path(resume)]):
         try:
             read_checkpoint(path)
+            return path, damaged
         except ValueError as error:
-            problems[path] = error
-            continue
-        for damaged, problem in problems.items():
-            print(f"{problem}; renamed to {damaged.name}.damaged; going on from {path.name}", flush=True)
-            damaged.rename(f"{damaged}.damaged")
-        return path
-    if problems:
-        fail(f"nothing to go on from: {'; '.join(map(str, problems.values()))}; restore one, or begin in another --out_dir")
-    return None
+            damaged[path] = str(error)
+    if damaged:
+        fail(f"nothing to go on from: {'; '.join(damaged.values())}; restore one, or begin in another --out_dir")
+    return None, {}
 
 
 def check_same_run(path: Path, state: dict, config: TrainConfig, data: dict, machine: Machine):
@@ -467,11 +534,12 @@ def evaluate(model, val: TokenWindows, config: TrainConfig, machine: Machine) ->
 
 @torch.no_grad()
 def mu_metrics(model: GPT) -> dict[str, float]:
-    """‖μ‖ of the embeddings that the logits come from, its ratio to their mean norm, and ‖μ‖ of the stored matrix."""
+    """Of the embeddings that the logits come from ‖μ‖, its ratio to mean ‖e_i‖, and that mean; and ‖μ‖ as stored."""
     V, W = model.config.vocab_size, model.output_embedding()
     mu_norm = oec.mean_embedding(W, V).norm()
-    values = mu_norm, mu_norm / W[:V].norm(dim=1).mean(), oec.mean_embedding(model.unembedding.weight, V).norm()
-    return dict(zip(("mu_norm", "mu_ratio", "stored_mu_norm"), torch.stack(values).tolist()))
+    mean_norm = W[:V].norm(dim=1).mean()
+    values = mu_norm, mu_norm / mean_norm, mean_norm, oec.mean_embedding(model.unembedding.weight, V).norm()
+    return dict(zip(("mu_norm", "mu_ratio", "mean_norm", "stored_mu_norm"), torch.stack(values).tolist()))
 
 
 # --- the loop ------------------------------------------------------------------------------------
@@ -482,12 +550,12 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, machine: Machine):
         self.config, self.machine, self.stop = config, machine, StopRequest(machine)
-        self.out_dir = machine.from_main(lambda: open_out_dir(config))
         if config.dataset == "stdlib" and not config.data_dir:
             machine.from_main(prepare_stdlib)
         folder = Path(config.data_dir) if config.data_dir else ROOT / "data" / config.dataset
         self.train_data, self.val_data = open_dataset(folder, config.block_size, config.vocab_size)
         self.fingerprint = {"train": self.train_data.fingerprint(), "val": self.val_data.fingerprint()}
+        self.out_dir, resume = machine.from_main(lambda: open_out_dir(config))
 
         torch.manual_seed(config.seed)
         self.model = GPT(config).to(machine.device)
@@ -496,18 +564,23 @@ class Trainer:
         self.step, self.best_loss, self.best_step = 0, math.inf, 0
         # Steps with a non-finite loss or gradient, counted on the device: all of them, and those in a row up to now.
         self.bad_total, self.bad_in_row = torch.zeros(2, dtype=torch.int64, device=machine.device)
-        self.first_bad = {}  # the metrics of the first of the latest row
-        if path := machine.from_main(lambda: find_checkpoint(config, self.out_dir)):
-            self.restore(path)
         self.bad_longest = self.bad_in_row
-        if machine.rank == 0:
-            self.guard_writes(self.open_files, must=True)
+        self.first_bad = {}  # the metrics of the first of the latest row
+        path, damaged = machine.from_main(lambda: find_checkpoint(self.out_dir, resume))
+        if path:
+            self.restore(path)
+        self.on_disk(lambda: self.open_files(damaged), must=True)
         self.compiled = torch.compile(self.model) if config.compile else self.model
-        self.parallel = DistributedDataParallel(self.compiled) if machine.world_size > 1 else self.compiled
+        parallel = lambda model: DistributedDataParallel(model, broadcast_buffers=False)
+        self.parallel = parallel(self.compiled) if machine.world_size > 1 else self.compiled
 
-    def open_files(self):
-        self.metrics = Metrics(self.out_dir / "metrics.jsonl", self.step)
+    def open_files(self, damaged: dict[Path, str]):
+        for path, problem in damaged.items():
+            aside = next(p for n in count() if not (p := Path(f"{path}.damaged{n or ''}")).exists())
+            self.machine.say(f"{problem}; renamed to {aside.name}")
+            path.rename(aside)
         write_whole(self.out_dir / "config.json", json.dumps(asdict(self.config), indent=1).encode() + b"\n")
+        self.metrics = Metrics(self.out_dir / "metrics.jsonl", self.step)
 
     def restore(self, path: Path):
         try:
@@ -517,16 +590,20 @@ class Trainer:
             # The moments come from the checkpoint, the settings from the config.
             groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
+            for parameter in self.model.parameters():
+                moments = self.optimizer.state[parameter]
+                if not moments["exp_avg"].shape == moments["exp_avg_sq"].shape == parameter.shape:
+                    raise ValueError("the optimizer's moments have not the parameters' shapes")
             if self.scaler.is_enabled() and state["scaler"]:
                 self.scaler.load_state_dict(state["scaler"])
-            self.bad_total, self.bad_in_row = state["bad_steps"].to(self.machine.device)
+            self.bad_total.fill_(state["bad_steps"])
             torch.set_rng_state(state["random_state"])
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # whatever a damaged or foreign file can cause
             fail(f"{path} cannot be gone on from: {one_line(error)}")
         self.step, self.best_loss, self.best_step = state["step"], state["best_loss"], state["best_step"]
         self.machine.say(f"going on from {path} at step {self.step}")
 
-    def save(self):
+    def save(self, must: bool = False):
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -534,22 +611,27 @@ class Trainer:
             "config": asdict(self.config),
             "data": self.fingerprint,
             "random_state": torch.get_rng_state(),
-            "bad_steps": torch.stack((self.bad_total, self.bad_in_row)),
+            "bad_steps": self.bad_total.item(),
             "step": self.step,
             "best_loss": self.best_loss,
             "best_step": self.best_step,
         }
-        self.guard_writes(lambda: save_checkpoint(self.out_dir, state))
+        self.on_disk(lambda: save_checkpoint(self.out_dir, state), must)
 
-    def guard_writes(self, write, must: bool = False):
-        """A full disk, a folder gone read-only: say so, then go on or stop as the setting says."""
-        try:
-            write()
-        except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-            problem = f"{self.out_dir} cannot be written ({one_line(error)}); the checkpoints written before are whole"
-            if must or self.config.stop_on_write_error:
-                fail(f"{problem}; make room and start again")
-            print(f"nanoOEC: {problem}; going on", file=sys.stderr, flush=True)
+    def on_disk(self, write, must: bool = False):
+        """`write()` on process 0. A full disk, a folder gone read-only: say so, then go on, or stop where it must be
+        or the setting says so."""
+
+        def guarded():
+            try:
+                write()
+            except OSError as error:
+                problem = f"{self.out_dir} cannot be written ({error.strerror or error}); the checkpoints written before are whole"
+                if must or self.config.stop_on_write_error:
+                    fail(f"{problem}; make room and start again")
+                print(f"nanoOEC: {problem}; going on", file=sys.stderr, flush=True)
+
+        self.machine.from_main(guarded)
 
     def update(self, batches) -> dict[str, torch.Tensor]:
         """One step: this process's share of the batch forward and backward, then AdamW. Nothing here waits for the
@@ -580,7 +662,7 @@ class Trainer:
         self.model.after_step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        metrics |= {"grad_norm": grad_norm.double(), "lr": torch.tensor(rate)}
+        metrics["grad_norm"] = grad_norm.double()
         self.count_bad(is_bad, metrics)
         return metrics
 
@@ -596,6 +678,7 @@ class Trainer:
         """A line for people and one for metrics.jsonl, of this step alone; then the check for divergence."""
         config, machine = self.config, self.machine
         values = {name: value.item() for name, value in metrics.items()} | mu_metrics(self.model)
+        values["lr"] = learning_rate(config, self.step - 1)
         values["bad_steps"] = self.bad_total.item()
         values["tokens_per_second"] = tokens_per_second
         values["mfu"] = tokens_per_second * self.model.flops_per_token() / (machine.peak_flops * machine.world_size)
@@ -611,22 +694,22 @@ class Trainer:
         if self.bad_longest.item() >= config.max_bad_steps:
             first = {name: value.item() for name, value in self.first_bad.items()}
             bad = next((name for name in ("logit_absmax", "loss") if not math.isfinite(first[name])), "grad_norm")
-            state = ", ".join(f"{name} {first[name]:.4g}" for name in ("loss", "grad_norm", "logit_mean", "logit_absmax", "lr"))
+            state = ", ".join(f"{name} {first[name]:.4g}" for name in ("loss", "grad_norm", "logit_mean", "logit_absmax"))
+            rate = learning_rate(config, int(first["step"]) - 1)
             machine.say(
                 f"diverged: {config.max_bad_steps} steps in a row had no finite loss and gradient and were left out. "
-                f"{bad} went bad first, at step {first['step']:.0f}: {state}, ‖μ‖ {values['stored_mu_norm']:.4g}. "
+                f"{bad} went bad first, at step {first['step']:.0f}: {state}, lr {rate:.4g}, ‖μ‖ {values['stored_mu_norm']:.4g}. "
                 f"Go on from the last checkpoint with a lower learning rate, or use config/oec.py"
             )
             raise SystemExit(3)
 
     def write_metrics(self, split: str, values: dict):
         tokens = self.step * self.config.batch_size * self.config.block_size
-        if self.machine.rank == 0:
-            self.guard_writes(lambda: self.metrics.write(split=split, step=self.step, tokens=tokens, **values))
+        self.on_disk(lambda: self.metrics.write(split=split, step=self.step, tokens=tokens, **values))
 
-    def evaluate(self, is_saved: bool):
+    def evaluate(self, may_be_best: bool):
         values = evaluate(self.compiled, self.val_data, self.config, self.machine) | mu_metrics(self.model)
-        if is_saved and values["cross_entropy"] < self.best_loss:
+        if may_be_best and values["cross_entropy"] < self.best_loss:
             self.best_loss, self.best_step = values["cross_entropy"], self.step
         self.write_metrics("val", values)
         self.machine.say(f"step {self.step}/{self.config.max_steps} | validation loss {values['cross_entropy']:.4f}")
@@ -650,7 +733,7 @@ class Trainer:
             is_last = self.step == config.max_steps
             is_eval = is_last or config.eval_interval and self.step % config.eval_interval == 0
             save_interval = config.checkpoint_interval or config.eval_interval
-            is_save = is_last or is_stopping or save_interval and self.step % save_interval == 0
+            is_save = is_last or save_interval and self.step % save_interval == 0
             if self.step == first_step + 1:  # compiles, and tells nothing of the speed
                 metrics["loss"].item()
                 began = logged_at = time.monotonic()
@@ -662,13 +745,13 @@ class Trainer:
                 pace = (now - began) / max(1, self.step - first_step - 1)
                 self.log(metrics, tokens / (now - logged_at), (config.max_steps - self.step) * pace)
                 logged_step, logged_at = self.step, time.monotonic()
-            if is_eval or is_save:
+            if is_eval or is_save or is_stopping:
                 metrics["loss"].item()
                 paused_at = time.monotonic()
                 if is_eval:
-                    self.evaluate(is_saved=is_save)
-                if is_save and machine.rank == 0:
-                    self.save()
+                    self.evaluate(may_be_best=is_save)
+                if is_save or is_stopping:
+                    self.save(must=is_last or is_stopping)
                 logged_at += time.monotonic() - paused_at  # not the speed of training
         loader.close()
         machine.say(f"{'stopped' if is_stopping and not is_last else 'done'} at step {self.step}: {self.out_dir}")
@@ -683,12 +766,15 @@ def prepare_stdlib():
 
 
 def main():
+    sys.stdout.reconfigure(errors="backslashreplace")  # μ, on a terminal that has none
     config = load_config(sys.argv[1:])
     machine = start_machine(config)
     try:
         Trainer(config, machine).run()
-    except torch.OutOfMemoryError as error:
-        fail(f"the GPU's memory is full: lower --micro_batch_size. {one_line(error)}")
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        fail(f"the memory is full: lower --micro_batch_size or the model's size. {one_line(error)}")
     if machine.world_size > 1:
         dist.destroy_process_group()
 

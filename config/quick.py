@@ -1,16 +1,16 @@
-# The built-in demo: a 2M-class model on the Python standard library, minutes on two CPU cores.
+# The built-in demo: a small model on the Python standard library, minutes on two CPU cores.
 dataset = "stdlib"
 vocab_size = 4096
 block_size = 256
-n_layer = 3
+n_layer = 2
 n_head = 2
-n_embd = 128
+n_embd = 64
 
 batch_size = 8
 micro_batch_size = 8
-max_steps = 1_000
+max_steps = 1_250
 warmup_steps = 50
-learning_rate = 1e-2
+learning_rate = 2e-2
 min_learning_rate = 1e-3
 
 log_interval = 20

@@ -4,7 +4,6 @@ import argparse
 import base64
 import hashlib
 import json
-import math
 import os
 import shutil
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from data.shards import fail, shard_header
+from data.shards import available_cores, fail, shard_header
 
 # How text is cut into words before byte pairs are merged; a .tiktoken file does not say. GPT-2's, by OpenAI.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -31,7 +30,7 @@ def load_tokenizer(name: str, folder: Path = Path()) -> tiktoken.Encoding:
             fail(f"no tokenizer {name!r}: give one of {', '.join(tiktoken.list_encoding_names())}, or a .tiktoken file")
         try:
             return tiktoken.get_encoding(name)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             fail(f"the vocabulary of {name!r} cannot be fetched ({type(error).__name__}): set TIKTOKEN_CACHE_DIR to a copy")
     path = folder / name
     try:
@@ -85,11 +84,13 @@ def prepare(documents, out: Path, tokenizer: str, *, source: str, shard_tokens: 
     Everything is written beside `out` first and moved in at the end, so a killed preparation leaves nothing behind
     that looks finished. Ends the program (exit 2) rather than overwrite shards that are there.
     """
-    if list(out.glob("*.bin")):
-        fail(f"{out} already holds shards: choose another --out, or delete them first")
-    encoding = load_tokenizer(tokenizer)
     partial = out / ".partial"
     try:
+        if (partial / "meta.json").exists():  # whole, and killed while it was moved in
+            return _move_in(partial, out)
+        if list(out.glob("*.bin")):
+            fail(f"{out} already holds shards: choose another --out, or delete them first")
+        encoding = load_tokenizer(tokenizer)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         train, val = (ShardWriter(partial, split, shard_tokens, encoding.n_vocab) for split in ("train", "val"))
@@ -107,16 +108,23 @@ def prepare(documents, out: Path, tokenizer: str, *, source: str, shard_tokens: 
         }
         if tokenizer.endswith(".tiktoken"):
             meta["tokenizer"] = VOCABULARY_FILE
-            if not (out / VOCABULARY_FILE).exists():
-                shutil.copy(tokenizer, out / VOCABULARY_FILE)
-        (partial / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
-        for path in sorted(partial.iterdir(), key=lambda path: path.name == "meta.json"):  # meta.json last
-            os.replace(path, out / path.name)
+            shutil.copy(tokenizer, partial / VOCABULARY_FILE)
+        (partial / "meta.json.tmp").write_text(json.dumps(meta, indent=1) + "\n")
+        os.replace(partial / "meta.json.tmp", partial / "meta.json")
+        _move_in(partial, out)
     except OSError as error:
         fail(f"{out} cannot be written: {error.strerror or error}")
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    print(f"{out}: {meta['train_tokens']:,} train and {meta['val_tokens']:,} val tokens, vocabulary {encoding.n_vocab:,},")
+        if not (partial / "meta.json").exists():
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _move_in(partial: Path, out: Path):
+    """The shards, then `meta.json`, into `out`; what a kill leaves undone here the next call does."""
+    meta = json.loads((partial / "meta.json").read_text())
+    for path in sorted(partial.iterdir(), key=lambda path: path.name == "meta.json"):
+        os.replace(path, out / path.name)
+    print(f"{out}: {meta['train_tokens']:,} train and {meta['val_tokens']:,} val tokens, vocabulary {meta['vocab_size']:,},")
     print(f"unigram entropy of val {meta['val_unigram_entropy']:.3f} nats")
 
 
@@ -128,7 +136,7 @@ def _tokenise(documents, encoding, train: ShardWriter, val: ShardWriter, val_fra
 
     start = last_report = time.monotonic()
     n_documents = n_tokens = 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
     in_flight = deque()
 
     def finish_oldest():
@@ -186,8 +194,8 @@ def prepare_from_command_line(description: str, default_out: Path, add_arguments
     parser.add_argument("--shard_tokens", type=int, default=100_000_000, help="tokens in a shard (default: %(default)s)")
     parser.add_argument("--val_fraction", type=float, default=0.005, help="share of documents for validation (default: %(default)s)")
     arguments = parser.parse_args()
-    if arguments.shard_tokens < 1 or not 0 < arguments.val_fraction < 1 or math.isnan(arguments.val_fraction):
-        fail("--shard_tokens must be at least 1 and --val_fraction between 0 and 1")
+    if not 0 < arguments.shard_tokens < 2**31 or not 0 < arguments.val_fraction < 1:
+        fail("--shard_tokens must be at least 1 and below 2**31, --val_fraction between 0 and 1")
     options = {"shard_tokens": arguments.shard_tokens, "val_fraction": arguments.val_fraction}
     prepare(documents(arguments), arguments.out, arguments.tokenizer, source=parser.prog, **options)
 
@@ -206,4 +214,4 @@ def hugging_face_documents(source: str, name: str | None):
                 fail(f"{source} has no column 'text' of strings: its columns are {', '.join(row)}")
             yield row["text"]
     except (OSError, ValueError, RuntimeError) as error:
-        fail(f"{source} cannot be streamed: {str(error).splitlines()[0]}; check the network or give --source a local folder")
+        fail(f"{source} cannot be streamed: {type(error).__name__}: {str(error)[:200]}; check the network or give --source a local folder")

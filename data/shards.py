@@ -7,6 +7,7 @@ magic number is nanoGPT's: uint16 tokens and nothing else.
 
 import hashlib
 import json
+import os
 import queue
 import sys
 import threading
@@ -22,8 +23,13 @@ FORMATS = {20240520: (1, np.uint16), 20240801: (7, np.uint32)}
 
 def fail(message: str):
     """A user's mistake: one line that says what was wrong, where, and what to do; exit status 2."""
-    print(f"nanoOEC: {message}", file=sys.stderr, flush=True)
+    printable = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+    print(f"nanoOEC: {printable}", file=sys.stderr, flush=True)
     raise SystemExit(2)
+
+
+def available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # --- format --------------------------------------------------------------------------------------
@@ -40,12 +46,15 @@ def shard_header(n_tokens: int, vocab_size: int) -> tuple[np.ndarray, type]:
 
 def open_shard(path: Path) -> np.ndarray:
     """The tokens of a shard, memory-mapped, uint16 or uint32. A file that is no whole shard ends the program."""
+    if not path.is_file():
+        fail(f"{path} is no file: prepare it again")
     try:
         size = path.stat().st_size
-        header = np.fromfile(path, dtype="<i4", count=min(3, size // 4))
+        header = np.fromfile(path, dtype="<i4", count=min(HEADER_INTS, size // 4))
         magic, version, n_tokens = (*header.tolist(), 0, 0, 0)[:3]
         if magic not in FORMATS:
-            if path.name not in ("train.bin", "val.bin"):  # nanoGPT's names for its header-less files
+            # nanoGPT's names for its header-less files; a header whose magic number is damaged still ends in zeros
+            if path.name not in ("train.bin", "val.bin") or len(header) == HEADER_INTS and not header[3:].any():
                 fail(f"{path} is no token shard: it starts with {magic}, not with 20240520 or 20240801; prepare it again")
             if size == 0 or size % 2:
                 fail(f"{path} has {size} bytes: not a whole number of uint16 tokens; prepare it again")
@@ -114,21 +123,24 @@ class TokenWindows:
 def read_meta(folder: Path) -> dict:
     """`meta.json` of a prepared folder; {} where there is none (published shards have none)."""
     path = folder / "meta.json"
-    if not path.exists():
+    if not path.is_file():
         return {}
     try:
         meta = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         fail(f"{path} cannot be read ({error}): prepare the dataset again, or delete that file if the shards are not ours")
-    if not isinstance(meta, dict) or type(meta.get("vocab_size")) is not int or type(meta.get("tokenizer")) is not str:
+    good = isinstance(meta, dict) and type(meta.get("vocab_size")) is int and type(meta.get("tokenizer")) is str
+    if not good or meta["vocab_size"] < 1:
         fail(f"{path} lacks vocab_size or tokenizer: prepare the dataset again, or delete that file if the shards are not ours")
     return meta
 
 
 def open_dataset(folder: Path, block_size: int, vocab_size: int) -> tuple[TokenWindows, TokenWindows]:
     """The train and val windows of a folder of shards, checked against its `meta.json` where it has one."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         fail(f"there is no dataset folder {folder}: prepare it first, as README.md says under Data")
+    if (folder / ".partial").exists():
+        fail(f"the preparation of {folder} is not finished: wait for it, or run its prepare.py again")
     stated = read_meta(folder).get("vocab_size", vocab_size)
     if stated != vocab_size:
         fail(f"{folder} has a vocabulary of {stated} tokens, the model of {vocab_size}: use --vocab_size={stated}")

@@ -80,14 +80,15 @@ def train_here():
 
     yield train
     torch.set_num_threads(threads)
+    signal.set_wakeup_fd(-1)
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
-def command(arguments, processes: int = 1, **torchrun) -> list[str]:
+def command(arguments, processes: int = 1, launcher: bool = False, script: Path = ROOT / "train.py", **torchrun) -> list[str]:
     options = [f"--{key}={value}" for key, value in torchrun.items()]
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *options]
-    return [sys.executable, *(launcher if processes > 1 else []), str(ROOT / "train.py"), *map(str, arguments)]
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *options]
+    return [sys.executable, *(launch if launcher or processes > 1 else []), str(script), *map(str, arguments)]
 
 
 def run_command(arguments, processes: int = 1, cwd=ROOT, timeout: int = 300, **torchrun) -> subprocess.CompletedProcess:

@@ -1,8 +1,10 @@
 """data/: the shard format, the order of samples, the loader, documents to shards."""
 
+import argparse
 import gzip
 import json
 import lzma
+import os
 import shutil
 import struct
 import subprocess
@@ -17,6 +19,7 @@ from data.prepare import load_tokenizer, prepare
 from data.shards import (
     Loader, TokenWindows, open_dataset, open_shard, permute, read_meta, samples_of_process, windows_of_samples,
 )  # fmt: skip
+from data.text.prepare import documents as documents_of_files
 from tests.conftest import ROOT, VOCAB, fails_in_one_line, write_shard
 
 STDLIB_VOCABULARY = str(ROOT / "data/stdlib/vocabulary.tiktoken")
@@ -66,6 +69,13 @@ def test_damaged_shards_are_refused(data, capsys, damage, says):
     assert says in line and "train_000001.bin" in line
 
 
+def test_a_damaged_header_is_not_taken_for_a_file_without_one(tmp_path, capsys):
+    path = tmp_path / "train.bin"
+    write_shard(path, np.arange(5000) % VOCAB)
+    path.write_bytes(b"\0\1\2\3" + path.read_bytes()[4:])
+    assert "no token shard" in fails_in_one_line(capsys, open_shard, path)
+
+
 def test_unusable_datasets_are_refused(data, tmp_path, capsys):
     assert "no dataset folder" in fails_in_one_line(capsys, open_dataset, tmp_path / "none", 32, VOCAB)
     empty = tmp_path / "empty"
@@ -74,7 +84,7 @@ def test_unusable_datasets_are_refused(data, tmp_path, capsys):
     assert "val" in fails_in_one_line(capsys, open_dataset, data, 4003, VOCAB)  # val is shorter than one window
     (data / "meta.json").write_text('{"vocab_size": 299, "tokenizer": "gpt2"}')
     assert "--vocab_size=299" in fails_in_one_line(capsys, open_dataset, data, 32, VOCAB)
-    for text in ("{", "[]", "3", '{"vocab_size": "300", "tokenizer": "gpt2"}', '{"vocab_size": 300}', "\xff"):
+    for text in ("{", "[]", "3", "[" * 100_000, '{"vocab_size": "300", "tokenizer": "gpt2"}', '{"vocab_size": 300}', "\xff"):
         (data / "meta.json").write_bytes(text.encode("latin-1"))
         assert "meta.json" in fails_in_one_line(capsys, read_meta, data)
     (data / "val_000000.bin").unlink()
@@ -247,6 +257,55 @@ def test_a_failed_preparation_leaves_nothing(tmp_path):
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_a_preparation_killed_while_it_moved_its_files_in_is_finished_by_the_next(tmp_path, capsys, monkeypatch):
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    prepare(texts(), whole, STDLIB_VOCABULARY, source="test", shard_tokens=1000, val_fraction=0.1)
+    real, moves = os.replace, []
+
+    def replace(source, target):
+        moves.append(target)
+        if len(moves) == 4:
+            raise KeyboardInterrupt
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(texts(), out, STDLIB_VOCABULARY, source="test", shard_tokens=1000, val_fraction=0.1)
+    monkeypatch.undo()
+    capsys.readouterr()
+    assert "not finished" in fails_in_one_line(capsys, open_dataset, out, 32, 4096)
+    prepare(iter(()), out, STDLIB_VOCABULARY, source="test")
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in whole.iterdir()}
+
+
+def test_a_new_preparation_brings_its_own_vocabulary(tmp_path):
+    out, other = tmp_path / "out", tmp_path / "other.tiktoken"
+    prepare(texts(), out, STDLIB_VOCABULARY, source="test", val_fraction=0.1)
+    for path in (*out.glob("*.bin"), out / "meta.json"):
+        path.unlink()
+    with open(STDLIB_VOCABULARY) as file:
+        other.write_text("".join(line for line, _ in zip(file, range(1000))))
+    prepare(texts(), out, str(other), source="test", val_fraction=0.1)
+    assert load_tokenizer("vocabulary.tiktoken", out).n_vocab == json.loads((out / "meta.json").read_text())["vocab_size"] == 1001
+
+
+def test_damaged_archives_are_one_line(tmp_path):
+    """Flipped bits in a .gz and a .xz: exit 2 or read in spite of them, never a traceback."""
+    dice = np.random.default_rng(0)
+    arguments = argparse.Namespace(text_key="text")
+    lines = "\n".join(json.dumps({"text": text}) for text in texts(50)).encode()
+    for name, compress in (("a.jsonl.gz", gzip.compress), ("a.jsonl.xz", lzma.compress)):
+        arguments.inputs, whole = [tmp_path / name], compress(lines)
+        for at in dice.integers(0, len(whole), 100):
+            damaged = bytearray(whole)
+            damaged[at] ^= 1 << dice.integers(8)
+            (tmp_path / name).write_bytes(damaged)
+            try:
+                list(documents_of_files(arguments))
+            except SystemExit as end:
+                assert end.code == 2
+
+
 def run_text_prepare(*arguments) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "data/text/prepare.py"), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -302,8 +361,6 @@ def test_bad_text_input_is_one_line(tmp_path, name, content, options, says):
 @pytest.mark.slow
 def test_preparation_keeps_up_with_tiktoken(shared, tmp_path):
     """At least 70% of the rate at which tiktoken encodes the same documents in one batch call on the same cores."""
-    import os
-
     with lzma.open(shared / "corpus/docs.jsonl.xz", "rt") as file:
         documents = [json.loads(line)["text"] for line in file]
     encoding = load_tokenizer("gpt2")

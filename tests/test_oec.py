@@ -1,6 +1,7 @@
 """oec.py: the paper's two facts, and the unembedding loss against a plain reference."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,16 +68,44 @@ def test_compiled_equals_eager(dtype):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * a.abs().max().item())
 
 
-def test_a_chunk_of_logits_is_the_largest_thing_ever_held(monkeypatch):
-    """With chunk_rows, no product has as many rows as there are tokens."""
-    shapes = []
-    original = torch.Tensor.__matmul__
-    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: shapes.append((result := original(a, b)).shape) or result)
+@pytest.mark.parametrize("compiled", (False, True))
+def test_a_chunk_of_logits_is_the_largest_thing_ever_held(monkeypatch, compiled):
+    """Three products a chunk, none computed twice, none of more rows than the chunk has."""
     hidden, W, targets = problem()
-    oec.unembedding_loss(hidden, W, targets, vocab_size=V, chunk_rows=5)
-    chunks = -(-N // 5)
-    assert len(shapes) == 3 * chunks  # three products a chunk, none computed twice
-    assert max(rows for rows, columns in shapes if columns == PADDED) == 5
+    function = torch.compile(oec.unembedding_loss) if compiled else oec.unembedding_loss
+    function(hidden, W, targets, vocab_size=V, chunk_rows=5)
+    shapes = []
+    for owner, name in ((torch, "mm"), (torch.Tensor, "addmm_")):
+
+        def recorded(*inputs, original=getattr(owner, name), **options):
+            result = original(*inputs, **options)
+            shapes.append(tuple(result.shape))
+            return result
+
+        monkeypatch.setattr(owner, name, recorded)
+    function(hidden, W, targets, vocab_size=V, chunk_rows=5)
+    rows = [5] * (N // 5) + [N % 5]
+    assert sorted(shapes) == sorted([(r, PADDED) for r in rows] + [(r, D) for r in rows] + [(PADDED, D)] * len(rows))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads a process's peak memory from Linux's /proc")
+@pytest.mark.parametrize("compiled", (False, True))
+def test_the_logits_are_never_in_memory_together(compiled):
+    """Compiled too, where a compiler that fuses chunks would hold them all: 256 MiB here."""
+    hidden, W = torch.randn(4096, 8).requires_grad_(), torch.randn(16384, 8).requires_grad_()
+    targets = torch.randint(0, 16384, (4096,))
+    function = torch.compile(oec.unembedding_loss) if compiled else oec.unembedding_loss
+
+    def peak_above_resident() -> float:
+        Path("/proc/self/clear_refs").write_text("5")
+        fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+        resident = int(fields["VmRSS"].split()[0])
+        gradients(function(hidden, W, targets, chunk_rows=64).loss, hidden, W)
+        fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+        return (int(fields["VmHWM"].split()[0]) - resident) / 2**10
+
+    peak_above_resident()
+    assert peak_above_resident() < 64
 
 
 @pytest.mark.parametrize("shift", (0.0, 4.0))  # drifted rows are where half precision hurts
@@ -224,14 +253,19 @@ def test_shapes_that_do_not_fit_are_refused(call):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
-def test_on_a_gpu(dtype):
+@pytest.mark.parametrize("dtype, tolerance", ((torch.float32, 1e-4), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)))
+@pytest.mark.parametrize("cap, z_weight, rows", ((0.0, 0.0, 0), (5.0, 0.1, 7), (0.0, 0.1, N + 5)))
+@pytest.mark.parametrize("compiled", (False, True))
+def test_on_a_gpu(dtype, tolerance, cap, z_weight, rows, compiled):
+    """Every number and both gradients beside the float64 reference, the loss scaled as a GradScaler does."""
     hidden, W, targets = (x.detach().cuda() for x in problem(torch.float32))
-    hidden.requires_grad_(), W.requires_grad_()
-    expected = reference(hidden.double(), W.double(), targets)
-    truth = gradients(expected[0], hidden, W)
-    with torch.autocast("cuda", dtype):
-        parts = torch.compile(oec.unembedding_loss)(hidden, W, targets, vocab_size=V, chunk_rows=8)
-    assert parts.loss.item() == pytest.approx(expected[0].item(), rel=2e-2)
-    for a, b in zip(gradients(parts.loss, hidden, W), truth):
-        assert (a - b).norm() < 2e-2 * b.norm()
+    hidden, W = (x.to(dtype).float().requires_grad_() for x in (hidden, W))
+    options = {"z_loss_weight": z_weight, "soft_cap": cap}
+    expected = reference(hidden.double(), W.double(), targets, **options)
+    function = torch.compile(oec.unembedding_loss) if compiled else oec.unembedding_loss
+    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+        parts = function(hidden, W, targets, vocab_size=V, chunk_rows=rows, **options)
+    for name, a, b in zip(parts._fields, parts, expected):
+        assert a.item() == pytest.approx(b.item(), rel=tolerance, abs=tolerance), name
+    for a, b in zip(gradients(parts.loss * 1024, hidden, W), gradients(expected[0] * 1024, hidden, W)):
+        assert (a - b).norm() < tolerance * b.norm()

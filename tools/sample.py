@@ -11,16 +11,16 @@ import torch
 from data.prepare import load_tokenizer
 from data.shards import fail, read_meta
 from model import GPT, GPTConfig
-from train import ROOT, read_checkpoint
+from train import ROOT, checkpoints, read_checkpoint
 
 
 def load_model(path: Path) -> tuple[GPT, dict]:
     """The model of a checkpoint, or of the newest one in a run's folder, and its config. Ends the program on bad files."""
     if path.is_dir():
-        checkpoints = sorted(path.glob("ckpt_*.pt"))
-        if not checkpoints:
+        found = checkpoints(path)
+        if not found:
             fail(f"there is no ckpt_*.pt in {path}: train first, or name another run's folder")
-        path = checkpoints[-1]
+        path = found[-1]
     try:
         state = read_checkpoint(path)
         config = {name: state["config"][name] for name in GPTConfig.__dataclass_fields__}
@@ -34,6 +34,8 @@ def load_model(path: Path) -> tuple[GPT, dict]:
 def tokenizer_of(config: dict):
     """The tokenizer of the data a run was trained on; GPT-2's for shards without a meta.json."""
     folder = Path(config["data_dir"]) if config["data_dir"] else ROOT / "data" / config["dataset"]
+    if not folder.is_dir():
+        fail(f"the run's data, {folder}, is not there, and its tokenizer with it: start from where the run was started")
     encoding = load_tokenizer(read_meta(folder).get("tokenizer", "gpt2"), folder)
     if encoding.n_vocab != config["vocab_size"]:
         fail(f"the tokenizer of {folder} has {encoding.n_vocab} tokens, the model {config['vocab_size']}: was it prepared anew?")
@@ -49,8 +51,10 @@ def main():
     parser.add_argument("--top_k", type=int, default=0, help="draw from the k likeliest; 0 is off (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the drawing (default: %(default)s)")
     arguments = parser.parse_args()
-    if arguments.tokens < 0 or not 0 <= arguments.temperature < float("inf") or arguments.top_k < 0:
-        fail("--tokens, --temperature and --top_k must be 0 or more, and finite")
+    if arguments.tokens < 0 or arguments.top_k < 0 or not 0 <= arguments.seed < 2**63:
+        fail("--tokens, --top_k and --seed must be 0 or more, and --seed below 2**63")
+    if arguments.temperature != 0 and not 0.01 <= arguments.temperature < float("inf"):
+        fail("--temperature must be 0, or finite and at least 0.01")
     model, config = load_model(arguments.checkpoint)
     encoding = tokenizer_of(config)
     model.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -4,6 +4,7 @@ import gzip
 import json
 import lzma
 import sys
+import zlib
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -27,7 +28,7 @@ def documents(arguments):
             try:
                 with OPENERS[kind_of(path)](path, "rt", encoding="utf-8", errors="replace") as file:
                     yield from pieces(file) if path.suffix == ".txt" else json_lines(file, path, arguments.text_key)
-            except (OSError, EOFError, lzma.LZMAError) as error:
+            except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
                 fail(f"{path} cannot be read: {error}")
 
 
@@ -37,7 +38,7 @@ def json_lines(file, path: Path, text_key: str):
             continue
         try:
             text = json.loads(line)[text_key]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             fail(f"{path}, line {number}: no JSON object with {text_key!r}; name the text's field with --text_key")
         if not isinstance(text, str):
             fail(f"{path}, line {number}: {text_key!r} is no string")

@@ -1,0 +1,229 @@
+"""Figures: the paper's panels from a sweep.csv, curves over steps from runs, the geometry of checkpoints.
+
+    python -m tools.plot out/sweep/sweep.csv --published published.csv --out results/sweep
+    python -m tools.plot out/RUN_A out/RUN_B --out curves
+    python -m tools.plot --geometry out/RUN/ckpt_0001000.pt model.safetensors --out geometry
+
+Writes OUT.png and OUT.svg. Needs matplotlib; for .safetensors files and Hugging Face folders, safetensors.
+"""
+
+import argparse
+import json
+import math
+import statistics
+from pathlib import Path
+
+import torch
+
+import oec
+from data.shards import fail
+from tools.sweep import lr_sensitivity, read_sweep
+from train import checkpoints, read_checkpoint
+
+# For a printed page without colours each line has its own marker and dashes as well. (colour, marker, dashes)
+STYLES = {
+    "baseline": ("#222222", "o", "-"), "z_loss": ("#d55e00", "s", "--"), "softcap": ("#999999", "D", ":"),
+    "mu_loss": ("#0072b2", "^", "-."), "mu_centering": ("#009e73", "v", "-"), "mu_centering_step": ("#cc79a7", "P", "--"),
+}  # fmt: skip
+PUBLISHED_NAMES = {"baseline": "baseline", "zloss": "z_loss", "muloss": "mu_loss", "mucentering": "mu_centering"}
+PANELS = {
+    "test_loss": "test loss (nats)", "lrs": "learning-rate sensitivity", "logit_mean": "logit mean", "logit_std": "logit standard deviation",
+    "logit_absmax": "largest |logit|", "mu_norm": "‖μ‖",
+}  # fmt: skip
+CURVES = {
+    "cross_entropy": "cross-entropy (nats)", "mu_norm": "‖μ‖", "logit_mean": "logit mean", "logit_std": "logit standard deviation",
+    "logit_absmax": "largest |logit|", "grad_norm": "gradient norm",
+}  # fmt: skip
+# Names of the output embedding in other people's files, the first one found is taken.
+OUTPUT_EMBEDDINGS = (
+    "unembedding.weight", "lm_head.weight", "embed_out.weight", "output.weight", "lm_head.embedding.weight",
+    "model.embed_tokens.weight", "transformer.wte.weight", "wte.weight",
+)  # fmt: skip
+
+
+def pyplot():
+    try:
+        import matplotlib
+    except ImportError:
+        fail("figures need matplotlib: pip install matplotlib")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "svg.hashsalt": "nanoOEC"})
+    return plt
+
+
+def save(figure, out: Path):
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        for kind in ("png", "svg"):
+            figure.savefig(f"{out}.{kind}", dpi=160, bbox_inches="tight")
+    except OSError as error:
+        fail(f"{out}.png cannot be written: {error.strerror}")
+    print(f"{out}.png and .svg")
+
+
+def sweep_rows(path: Path, size: str) -> list[dict]:
+    """Rows of a sweep of ours or of the published figures (of one size), methods under our names."""
+    rows = [row for row in read_sweep(path) if row.get("size", size) == size]
+    if not rows:
+        fail(f"{path} holds no row to draw")
+    return [row | {"method": PUBLISHED_NAMES.get(row["method"], row["method"])} for row in rows]
+
+
+def lines_of(rows: list[dict]) -> dict[str, list[dict]]:
+    """Rows by method; a method with several λ is as many lines."""
+    several = {m for m in {row["method"] for row in rows} if len({row.get("lambda") for row in rows if row["method"] == m}) > 1}
+    lines = {}
+    for row in rows:
+        name = row["method"] + (f" {float(row['lambda']):g}" if row["method"] in several else "")
+        lines.setdefault(name, []).append(row)
+    return lines
+
+
+def by_rate(rows: list[dict], column: str) -> dict[float, list[float]]:
+    """learning rate → the values of all seeds, cells without a value left out."""
+    values = {}
+    for row in rows:
+        if row.get(column):
+            values.setdefault(float(row["learning_rate"]), []).append(float(row[column]))
+    return dict(sorted(values.items()))
+
+
+def draw_sweep(rows: list[dict], published: list[dict], out: Path):
+    plt = pyplot()
+    figure, axes = plt.subplots(2, 3, figsize=(11, 6.2))
+    for (column, label), axis in zip(PANELS.items(), axes.flat):
+        axis.set_title(label, loc="left", fontsize=9)
+        for source, is_ours in ((rows, True), (published, False)):
+            for place, (name, mine) in enumerate(lines_of(source).items()):
+                colour, marker, dashes = STYLES.get(name.split()[0], ("#555555", "x", "-"))
+                if " " in name:  # one of several λ
+                    marker = "os^vDPX<>"[place % 9]
+                if not is_ours:
+                    colour, marker, dashes = colour, None, (0, (1, 2))
+                if column == "lrs":
+                    losses = {rate: statistics.mean(v) for rate, v in by_rate(mine, "test_loss").items()}
+                    if len(losses) > 1:
+                        initial = float(mine[0].get("initial_loss") or math.log(50257))
+                        value = lr_sensitivity(losses.values(), initial)
+                        axis.barh(name + ("" if is_ours else "\n(published)"), value, color=colour, alpha=1 if is_ours else 0.35)
+                        axis.text(value, name + ("" if is_ours else "\n(published)"), f" {value:.3f}", va="center", fontsize=7)
+                    continue
+                values = by_rate(mine, column)
+                middle = [statistics.median(v) for v in values.values()]
+                axis.plot(list(values), middle, color=colour, marker=marker, ls=dashes, ms=4, lw=1.3, label=name if is_ours else f"{name}, published")
+                if is_ours:
+                    axis.fill_between(list(values), [min(v) for v in values.values()], [max(v) for v in values.values()], color=colour, alpha=0.15, lw=0)
+        if column == "lrs":
+            axis.invert_yaxis()
+            axis.tick_params(axis="y", labelsize=7)
+            continue
+        axis.set_xscale("log")
+        axis.set_xlabel("learning rate")
+        if column in ("mu_norm", "logit_absmax"):
+            axis.set_yscale("log")
+        if column == "logit_mean":
+            axis.set_yscale("symlog", linthresh=1)
+    axes[0][0].legend(fontsize=7)
+    figure.tight_layout()
+    save(figure, out)
+
+
+def draw_curves(folders: list[Path], out: Path):
+    plt = pyplot()
+    figure, axes = plt.subplots(2, 3, figsize=(11, 6.2))
+    for place, folder in enumerate(folders):
+        try:
+            lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        except (OSError, ValueError) as error:
+            fail(f"{folder} holds no run that can be read: {error}")
+        colour, marker, dashes = list(STYLES.values())[place % len(STYLES)]
+        for (name, label), axis in zip(CURVES.items(), axes.flat):
+            for split in ("train", "val"):
+                points = [(x["tokens"], x[name]) for x in lines if x["split"] == split and x.get(name) is not None]
+                if points:
+                    style = {"ls": dashes, "lw": 0.8} if split == "train" else {"ls": "none", "marker": marker, "ms": 4}
+                    axis.plot(*zip(*points), color=colour, label=f"{folder.name}" if split == "train" else None, **style)
+            axis.set_title(label, loc="left", fontsize=9)
+            axis.set_xlabel("tokens")
+    for axis in (axes[0][1], axes[1][1], axes[1][2]):
+        axis.set_yscale("log")
+    axes[0][0].legend(fontsize=7, title="lines: train, marks: validation", title_fontsize=7)
+    figure.tight_layout()
+    save(figure, out)
+
+
+def output_embedding(path: Path) -> tuple[torch.Tensor, int]:
+    """The output embedding of a checkpoint of ours, a .safetensors file or a Hugging Face folder; and its real rows."""
+    if path.is_dir() and checkpoints(path):
+        path = checkpoints(path)[-1]
+    if path.suffix == ".pt":
+        try:
+            state = read_checkpoint(path)
+        except ValueError as error:
+            fail(str(error))
+        return state["model"]["unembedding.weight"], state["config"]["vocab_size"]
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not files or any(file.suffix != ".safetensors" or not file.is_file() for file in files):
+        fail(f"{path} is no checkpoint of ours, no .safetensors file and no folder that holds one")
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError:
+        fail("reading .safetensors files needs: pip install safetensors")
+    try:
+        for name in OUTPUT_EMBEDDINGS:
+            for file in files:
+                with safe_open(file, "pt") as tensors:
+                    if name in tensors.keys():
+                        W = tensors.get_tensor(name).float()
+                        return W, W.shape[0]
+    except (SafetensorError, OSError) as error:
+        fail(f"{path} cannot be read: {error}")
+    fail(f"{path} holds no output embedding under any of the names {', '.join(OUTPUT_EMBEDDINGS)}")
+
+
+def draw_geometry(paths: list[Path], out: Path):
+    plt = pyplot()
+    table = {}
+    for path in paths:
+        W, V = output_embedding(path)
+        table[path] = oec.geometry(W, V), oec.geometry(oec.center(W.double(), V), V)
+        print(f"{path}: {V:,} × {W.shape[1]}")
+        for name in table[path][0]:
+            print(f"  {name:12s} {table[path][0][name]:12.5g}   centred {table[path][1][name]:12.5g}")
+    names = list(next(iter(table.values()))[0])
+    figure, axes = plt.subplots(1, len(names), figsize=(2.2 * len(names), 0.5 + 0.6 * len(table)), sharey=True)
+    for name, axis in zip(names, axes):
+        for place, (before, after) in enumerate(table.values()):
+            axis.barh(place - 0.2, before[name], 0.36, color="#222222", label="as stored" if place == 0 else None)
+            axis.barh(place + 0.2, after[name], 0.36, color="white", edgecolor="#222222", hatch="///", label="centred" if place == 0 else None)
+        axis.set_title(name, loc="left", fontsize=9)
+        axis.set_yticks(range(len(table)), [f"{path.parent.name}/{path.name}" for path in table], fontsize=7)
+    axes[-1].legend(fontsize=7)
+    figure.tight_layout()
+    save(figure, out)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("inputs", nargs="+", type=Path, help="a sweep.csv, or folders of runs, or with --geometry checkpoints")
+    parser.add_argument("--geometry", action="store_true", help="print and draw the geometry of output embeddings, as stored and centred")
+    parser.add_argument("--published", type=Path, help="a csv of published figures to draw beside a sweep's")
+    parser.add_argument("--size", default="16M", help="which size of the published ones (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("figure"), help="files to write, without ending (default: %(default)s)")
+    options = parser.parse_args()
+    if missing := [path for path in options.inputs if not path.exists()]:
+        fail(f"there is no {missing[0]}")
+    if options.geometry:
+        draw_geometry(options.inputs, options.out)
+    elif options.inputs[0].suffix == ".csv":
+        rows = sweep_rows(options.inputs[0], options.size)
+        beside = sweep_rows(options.published, options.size) if options.published else []
+        draw_sweep(rows, [row for row in beside if row["lambda"] in ("", "1e-04")], options.out)
+    else:
+        draw_curves(options.inputs, options.out)
+
+
+if __name__ == "__main__":
+    main()
