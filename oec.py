@@ -208,18 +208,20 @@ def _softmax_pass(logits, target, vocab_size, z_weight, cap, ignore_index, wide,
     log_sum = below_highest.exp().sum(dim=1, keepdim=True).log()
     log_z = highest + log_sum  # (rows, 1)
 
-    l_target = l.gather(1, target.clamp(min=0)[:, None])
+    is_counted = (target != ignore_index)[:, None]
+    target = torch.where(is_counted, target[:, None], 0)
+    l_target = l.gather(1, target)
     mean_distance = below_highest.sum(dim=1, keepdim=True) / vocab_size
     variance = below_highest.square().sum(dim=1, keepdim=True) / vocab_size - mean_distance.square()
     absmax = torch.maximum(highest.abs(), l.amin(dim=1, keepdim=True).abs())
     statistics = torch.cat((log_z, l_target, highest + mean_distance, variance, absmax), dim=1).T
     if needs_grad:
-        is_target = torch.arange(vocab_size, device=l.device, dtype=torch.int32) == target[:, None].int()
+        is_target = torch.arange(vocab_size, device=l.device, dtype=torch.int32) == target.int()
         # The probability once more from its exponent: cheaper than a second buffer of a chunk's size.
         grad = (below_highest - log_sum).exp() * (1 + 2 * z_weight * log_z) - is_target.to(wide)
         if cap:
             grad = grad * (1 - (l / cap).square())
-        raw.copy_(torch.where((target != ignore_index)[:, None], grad, 0.0))
+        raw.copy_(torch.where(is_counted, grad, 0.0))
         logits[:, vocab_size:] = 0
     return statistics
 

@@ -140,6 +140,17 @@ def test_float16_gradients_do_not_underflow():
         assert (a[b.abs() > 1e-2 * b.abs().median()] != 0).all()  # smaller ones may cancel to 0 in float16's sum
 
 
+@pytest.mark.parametrize("ignored", (-100, V, 10**6))
+def test_any_number_can_mark_ignored_targets(ignored):
+    hidden, W, targets = problem()
+    marked = torch.where(targets == -1, ignored, targets)
+    for rows in (0, 7):
+        a = oec.unembedding_loss(hidden, W, targets, vocab_size=V, chunk_rows=rows)
+        b = oec.unembedding_loss(hidden, W, marked, vocab_size=V, chunk_rows=rows, ignore_index=ignored)
+        assert all(torch.equal(x, y) for x, y in zip(a, b))
+        assert all(torch.equal(x, y) for x, y in zip(gradients(a.loss, hidden, W), gradients(b.loss, hidden, W)))
+
+
 def test_a_scaled_loss_has_scaled_gradients_and_parts_add_up():
     """Gradient scaling and accumulation: linear in the loss, as autograd is."""
     hidden, W, targets = problem()
