@@ -336,7 +336,8 @@ def test_two_thousand_steps_leak_nothing(data, tmp_path, train_here, monkeypatch
         return metrics
 
     monkeypatch.setattr(train.Trainer, "update", update)
-    size = {"n_layer": 1, "n_embd": 16, "micro_batch_size": 8, "max_steps": 2000, "log_interval": 10, "eval_interval": 100}
+    size = {"n_layer": 1, "n_embd": 16, "block_size": 8, "batch_size": 2, "micro_batch_size": 2, "eval_sequences": 2}
+    size |= {"max_steps": 2000, "log_interval": 10, "eval_interval": 100}
     train_here(tiny_arguments(data, tmp_path / "out", **size))
     for early, late in zip(seen[200], seen[2000]):
         assert late <= 1.02 * early, seen

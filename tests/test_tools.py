@@ -1,6 +1,8 @@
 """tools/: from the command line, on a run that the test has trained."""
 
+import importlib
 import importlib.util
+import json
 import math
 import os
 import signal
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 from data.prepare import prepare
-from tests.conftest import ROOT, tiny_arguments
+from tests.conftest import ROOT, fails_in_one_line, run_command, tiny_arguments
 from tools.sweep import lr_sensitivity, read_sweep
 
 has_matplotlib = importlib.util.find_spec("matplotlib") is not None
@@ -20,8 +22,6 @@ has_matplotlib = importlib.util.find_spec("matplotlib") is not None
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
-    from tests.conftest import run_command
-
     folder = tmp_path_factory.mktemp("run")
     documents = [f"the number {i} comes before the number {i + 1}.\n" * 5 for i in range(400)]
     prepare(documents, folder / "data", str(ROOT / "data/stdlib/vocabulary.tiktoken"), source="test", val_fraction=0.1)
@@ -35,6 +35,17 @@ def tool(name, *arguments):
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
 
 
+@pytest.fixture
+def refusal(capsys, monkeypatch):
+    """The one line with which a tool, run in this process, ends with exit status 2."""
+
+    def run(name, *arguments) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        return fails_in_one_line(capsys, importlib.import_module(f"tools.{name}").main)
+
+    return run
+
+
 def test_sample_continues_a_prompt(run_folder):
     options = ["--prompt", "the number 12", "--tokens", 20]
     first, again, other = (tool("sample", run_folder, *options, "--seed", seed) for seed in (1, 1, 2))
@@ -45,15 +56,14 @@ def test_sample_continues_a_prompt(run_folder):
     assert tool("sample", checkpoint, *options, "--seed", 1).stdout == first.stdout
 
 
-def test_sample_refuses_what_is_no_model(run_folder, tmp_path):
+def test_sample_refuses_what_is_no_model(run_folder, tmp_path, refusal):
     damaged = tmp_path / "ckpt_0000008.pt"
     damaged.write_bytes((run_folder / "ckpt_0000008.pt").read_bytes()[:-100])
     alien = tmp_path / "alien.pt"
     torch.save({"weights": torch.zeros(3)}, alien)
-    for arguments in ([tmp_path / "none"], [damaged], [alien], [run_folder, "--tokens", "-1"], [run_folder.parent]):
-        done = tool("sample", *arguments)
-        assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
-        assert done.stderr.startswith("nanoOEC: ")
+    wrong_numbers = (["--tokens", -1], ["--top_k", -1], ["--temperature", "nan"], ["--temperature", 1e-40], ["--seed", 2**70])
+    for arguments in ([tmp_path / "none"], [damaged], [alien], [run_folder.parent], *([run_folder, *words] for words in wrong_numbers)):
+        refusal("sample", *arguments)
 
 
 # --- sweep
@@ -123,17 +133,15 @@ def test_a_sweep_is_killed_and_goes_on(data, tmp_path):
         (["--n_layers=3"], "n_layer"),
     ),
 )
-def test_sweep_refuses_bad_input(data, tmp_path, options, says):
-    done = subprocess.run(sweep_command(data, tmp_path / "out", *options), cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and says in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+def test_sweep_refuses_bad_input(data, tmp_path, refusal, options, says):
+    assert says in refusal("sweep", *sweep_command(data, tmp_path / "out", *options)[3:])
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_of_other_things_is_no_sweep(data, tmp_path):
+def test_a_folder_of_other_things_is_no_sweep(data, tmp_path, refusal):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes").write_text("mine")
-    done = subprocess.run(sweep_command(data, tmp_path / "mine"), cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and "holds no sweep" in done.stderr
+    assert "holds no sweep" in refusal("sweep", *sweep_command(data, tmp_path / "mine")[3:])
 
 
 # --- plot
@@ -148,10 +156,28 @@ def test_a_folder_of_other_things_is_no_sweep(data, tmp_path):
         ("\0", ""),
     ),
 )
-def test_bad_tables_are_one_line(tmp_path, text, says):
+def test_bad_tables_are_one_line(tmp_path, refusal, text, says):
     (tmp_path / "bad.csv").write_text(text)
-    done = tool("plot", tmp_path / "bad.csv")
-    assert done.returncode == 2 and says in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert says in refusal("plot", tmp_path / "bad.csv")
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    ((["--parts", "speed"], "speed"), (["--methods", "adam"], "adam"), (["--rounds", "0"], "--rounds"), (["--n_head=5"], "divisible")),
+)
+def test_bench_refuses_bad_input(refusal, arguments, says):
+    assert says in refusal("bench", *arguments)
+
+
+@pytest.mark.slow
+def test_bench_measures_and_writes_json(tmp_path):
+    words = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--vocab_size=300", "--block_size=32", "--batch_size=2", "--micro_batch_size=2"]
+    options = ["--rounds", 2, "--seconds", 0.05, "--parts", "step,head,loader,checkpoint", "--methods", "baseline,mu_centering"]
+    done = tool("bench", *words, *options, "--json", tmp_path / "bench.json")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "bench.json").read_text())
+    assert [row["name"] for row in results["step"]] == ["baseline", "mu_centering"] and results["head"][0]["name"] == "three products"
+    assert all(seconds > 0 for part in ("step", "head", "loader", "checkpoint") for row in results[part] for seconds in row["seconds"])
 
 
 @pytest.mark.skipif(not has_matplotlib, reason="figures need: pip install matplotlib")
@@ -163,6 +189,8 @@ def test_curves_and_geometry_are_drawn(run_folder, tmp_path):
 
 
 @pytest.mark.parametrize("name", ("sample", "sweep", "plot", "bench"))
-def test_help(name):
-    done = tool(name, "--help")
-    assert done.returncode == 0 and "--" in done.stdout
+def test_help(capsys, monkeypatch, name):
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module(f"tools.{name}").main()
+    assert end.value.code == 0 and "--" in capsys.readouterr().out

@@ -198,7 +198,7 @@ def work(spec: dict):
     elif spec["kind"] == "head":
         step = head_step(config, spec["name"])
     else:
-        step = peer_step(config, data, Path(spec["folder"]), spec["kind"], spec["mended"])
+        step = peer_step(config, data, Path(spec["peer"]), spec["kind"], spec["mended"])
     wait_for_device = torch.cuda.synchronize if is_cuda else lambda: None
 
     def timed(n_steps: int) -> float:
@@ -319,7 +319,7 @@ def step_part(options, words, folder) -> list[dict]:
         kind = "oec" if name.startswith("oec") else "nanogpt"
         for is_mended in (False, True):
             label = f"{name}, mended" if is_mended else f"{name}, as shipped"
-            makers.append(make(label, words, kind=kind, folder=str(path), mended=is_mended))
+            makers.append(make(label, words, kind=kind, peer=str(path), mended=is_mended))
     return compare("whole step", makers, options.rounds)
 
 
