@@ -469,8 +469,8 @@ def main():
         for part in options.parts:
             results[part] = globals()[f"{part}_part"](options, words, folder)
             print(table(part, results[part]), flush=True)
-        if options.json:
-            options.json.write_text(json.dumps(results, indent=1) + "\n")
+            if options.json:
+                options.json.write_text(json.dumps(results, indent=1) + "\n")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
