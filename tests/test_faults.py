@@ -252,6 +252,18 @@ def test_a_disk_that_refuses_a_checkpoint(data, tmp_path, stop):
     assert len(metrics_of(out)) == 15
 
 
+@pytest.mark.parametrize("listener", ("full disk", "closed pipe"))
+def test_a_run_does_not_need_its_standard_output(data, tmp_path, listener):
+    """`train.py > log` on a full disk, `train.py | tee log` with a tee that has died."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    where = open("/dev/full", "w") if listener == "full disk" else os.fdopen(writing, "w")
+    with where:
+        done = subprocess.run(command(tiny_arguments(data, tmp_path / "out")), stdout=where, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert len(metrics_of(tmp_path / "out")) == 15
+
+
 def test_a_disk_that_refuses_a_metrics_line(tmp_path):
     """The line waits, no part of it stays, and it is there once there is room."""
     metrics = train.Metrics(tmp_path / "metrics.jsonl", 0)
