@@ -260,7 +260,9 @@ def start_machine(config: TrainConfig) -> Machine:
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # a help for debugging, and slow
     if world_size > 1:
-        dist.init_process_group(backend)
+        # Processes that do not find each other, as happens after a restart, end soon enough for torchrun to try again.
+        dist.init_process_group(backend, timeout=timedelta(minutes=1.5))
+        dist.distributed_c10d._set_pg_timeout(timedelta(minutes=30))  # from here on some wait for others' compiling and saving
     dtype = best_dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     return Machine(rank, world_size, device, dtype, peak_flops)
 
