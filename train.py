@@ -573,8 +573,9 @@ class Trainer:
             self.restore(path)
         self.on_disk(lambda: self.open_files(damaged), must=True)
         self.compiled = torch.compile(self.model) if config.compile else self.model
-        parallel = lambda model: DistributedDataParallel(model, broadcast_buffers=False)
-        self.parallel = parallel(self.compiled) if machine.world_size > 1 else self.compiled
+        self.parallel = self.compiled
+        if machine.world_size > 1:
+            self.parallel = DistributedDataParallel(self.compiled, broadcast_buffers=False)
 
     def open_files(self, damaged: dict[Path, str]):
         for path, problem in damaged.items():

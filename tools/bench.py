@@ -31,17 +31,10 @@ import torch.nn.functional as F
 
 import oec
 from data.shards import Loader, available_cores, fail, open_dataset, samples_of_process, shard_header
+from tools.sweep import METHODS
 from train import ROOT, Trainer, load_config, start_machine
 
 SMALL = ["--n_layer=4", "--n_head=4", "--n_embd=256", "--block_size=256", "--batch_size=8", "--micro_batch_size=8"]
-METHODS = {
-    "baseline": [],
-    "mu_loss": ["config/mu_loss.py"],
-    "mu_centering": ["config/oec.py"],
-    "mu_centering_step": ["--oec=mu_centering_step"],
-    "z_loss": ["config/z_loss.py"],
-    "softcap": ["config/softcap.py"],
-}
 PARTS = ("step", "head", "loader", "checkpoint", "start", "scaling")
 
 
