@@ -15,12 +15,14 @@ import math
 import os
 import re
 import runpy
+import secrets
 import shutil
 import signal
 import sys
 import sysconfig
 import threading
 import time
+import warnings
 import zipfile
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
@@ -259,12 +261,27 @@ def start_machine(config: TrainConfig) -> Machine:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # a help for debugging, and slow
-    if world_size > 1:
-        # Processes that do not find each other, as happens after a restart, end soon enough for torchrun to try again.
-        dist.init_process_group(backend, timeout=timedelta(minutes=1.5))
-        dist.distributed_c10d._set_pg_timeout(timedelta(minutes=30))  # from here on some wait for others' compiling and saving
+    if world_size > 1:  # the timeout is long since some wait for others' compiling and saving
+        store = store_of_this_start(rank, world_size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(minutes=30))
     dtype = best_dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     return Machine(rank, world_size, device, dtype, peak_flops)
+
+
+def store_of_this_start(rank: int, world_size: int) -> dist.Store:
+    """Where the processes that torchrun has just started tell each other their addresses.
+
+    torchrun restarts workers on the store they had (pytorch/pytorch#135712): one that reads an address of the start
+    before waits for the dead. So each writes a new word, and all wait until all have seen the same words.
+    """
+    store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
+    store.set(f"word {rank}", secrets.token_hex(4))
+    while True:
+        words = b" ".join(store.multi_get([f"word {peer}" for peer in range(world_size)]))
+        store.set(f"seen {rank}", words)
+        if all(seen == words for seen in store.multi_get([f"seen {peer}" for peer in range(world_size)])):
+            return dist.PrefixStore(words.decode(), store)
+        time.sleep(0.05)
 
 
 class StopRequest:
@@ -575,6 +592,7 @@ class Trainer:
         self.compiled = torch.compile(self.model) if config.compile else self.model
         self.parallel = self.compiled
         if machine.world_size > 1:
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # PyTorch 2.11 has no other name for it
             self.parallel = DistributedDataParallel(self.compiled, broadcast_buffers=False)
 
     def open_files(self, damaged: dict[Path, str]):
