@@ -35,8 +35,16 @@ CHUNK_ROWS = 256
 
 
 def mean_embedding(W: Tensor, vocab_size: int | None = None) -> Tensor:
-    """μ = (1/V) Σ_i e_i over the real rows of `W (padded_vocab, d)`: shape (d,), at least float32 (paper, §2)."""
-    return _real_rows(W, vocab_size).mean(dim=0, dtype=torch.promote_types(W.dtype, torch.float32))
+    """μ = (1/V) Σ_i e_i over the real rows of `W (padded_vocab, d)`: shape (d,), at least float32 (paper, §2).
+
+    Of a DTensor, as FSDP2 shards weights, it is the whole μ on every process, a plain tensor.
+    """
+    V, dtype = _real_size(W, vocab_size), torch.promote_types(W.dtype, torch.float32)
+    if not _is_sharded(W):
+        return _real_rows(W, V).mean(dim=0, dtype=dtype)
+    # A slice would be gathered whole on every process. `redistribute` here moves nothing, but its gradient comes sharded.
+    real = torch.where(_is_real(W, V), W, 0).redistribute(placements=W.placements)
+    return (real.sum(dim=0, dtype=dtype) / V).full_tensor()
 
 
 def center(W: Tensor, vocab_size: int | None = None) -> Tensor:
@@ -44,16 +52,17 @@ def center(W: Tensor, vocab_size: int | None = None) -> Tensor:
 
     Used in the forward pass it leaves probabilities, loss and ∂L/∂h as they were, tied weights or not.
     """
-    centered = (W - mean_embedding(W, vocab_size)).to(W.dtype)
+    centered = (W - _beside(W, mean_embedding(W, vocab_size))).to(W.dtype)
     if vocab_size is None or vocab_size == W.shape[0]:
         return centered
-    is_real = torch.arange(W.shape[0], device=W.device) < vocab_size
-    return torch.where(is_real[:, None], centered, W)
+    return torch.where(_is_real(W, vocab_size), centered, W)
 
 
 @torch.no_grad()
 def center_(W: Tensor, vocab_size: int | None = None) -> Tensor:
     """The paper's procedure: e_i ← e_i − μ in place, to be called after every optimizer step. Returns `W`."""
+    if _is_sharded(W):  # a slice of it is a copy
+        return W.copy_(center(W, vocab_size))
     _real_rows(W, vocab_size).sub_(mean_embedding(W, vocab_size))
     return W
 
@@ -69,14 +78,34 @@ def soft_cap(logits: Tensor, cap: float) -> Tensor:
     return cap * torch.tanh(logits / cap) if cap else logits
 
 
-def _real_rows(W: Tensor, vocab_size: int | None) -> Tensor:
+def _real_size(W: Tensor, vocab_size: int | None) -> int:
     if W.ndim != 2:
         raise ValueError(f"the unembedding weight must be (padded_vocab, d), not of shape {tuple(W.shape)}")
-    if vocab_size is None or vocab_size == W.shape[0]:
-        return W
-    if not 0 < vocab_size <= W.shape[0]:
+    if vocab_size is not None and not 0 < vocab_size <= W.shape[0]:
         raise ValueError(f"vocab_size={vocab_size} must lie in 1..{W.shape[0]}, the rows of the unembedding weight")
-    return W[:vocab_size]
+    return vocab_size or W.shape[0]
+
+
+def _real_rows(W: Tensor, vocab_size: int | None) -> Tensor:
+    V = _real_size(W, vocab_size)
+    return W if V == W.shape[0] else W[:V]  # a whole slice would cost its gradient a copy
+
+
+def _is_real(W: Tensor, vocab_size: int) -> Tensor:
+    return _beside(W, torch.arange(W.shape[0], device=W.device)[:, None] < vocab_size)
+
+
+def _is_sharded(W: Tensor) -> bool:
+    return hasattr(W, "device_mesh")  # a DTensor, without the seconds that importing the class takes
+
+
+def _beside(W: Tensor, tensor: Tensor) -> Tensor:
+    """`tensor`, the same on every process, as an operand of `W`: a DTensor takes no plain tensors."""
+    if not _is_sharded(W):
+        return tensor
+    from torch.distributed.tensor import DTensor, Replicate
+
+    return DTensor.from_local(tensor, W.device_mesh, [Replicate()] * W.device_mesh.ndim)
 
 
 # --- the unembedding and its loss ----------------------------------------------------------------
@@ -121,7 +150,7 @@ def unembedding_loss(
         )
     if z_loss_weight < 0 or soft_cap < 0 or chunk_rows < 0:
         raise ValueError("z_loss_weight, soft_cap and chunk_rows must not be negative")
-    vocab_size = _real_rows(W, vocab_size).shape[0]
+    vocab_size = _real_size(W, vocab_size)
     device = hidden.device.type
     compute_dtype = hidden.dtype
     if torch.is_autocast_enabled(device) and compute_dtype != torch.float64:
