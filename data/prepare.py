@@ -3,24 +3,25 @@
 import argparse
 import base64
 import hashlib
-import json
+import math
 import os
-import shutil
 import sys
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 
-from data.shards import available_cores, fail, shard_header
+from data.partial import check_space, finish, move_in, partial_folder, read_record, write_json
+from data.shards import HEADER_INTS, available_cores, fail, open_shard, shard_header
 
 # How text is cut into words before byte pairs are merged; a .tiktoken file does not say. GPT-2's, by OpenAI.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 END_OF_TEXT = "<|endoftext|>"
-VOCABULARY_FILE = "vocabulary.tiktoken"
 
 
 def load_tokenizer(name: str, folder: Path = Path()) -> tiktoken.Encoding:
@@ -44,135 +45,179 @@ def load_tokenizer(name: str, folder: Path = Path()) -> tiktoken.Encoding:
 
 
 class ShardWriter:
-    """Writes one split's tokens into `split_000000.bin`, `split_000001.bin`, … of at most `shard_tokens` each."""
+    """Writes one split's tokens into `split_000000.bin`, `split_000001.bin`, … of `shard_tokens` each, after the first
+    `n_tokens`, which are there. A shard that is not full is shorter than its header says, so that no reader takes it."""
 
-    def __init__(self, folder: Path, split: str, shard_tokens: int, vocab_size: int):
+    def __init__(self, folder: Path, split: str, shard_tokens: int, vocab_size: int, n_tokens: int):
         self.folder, self.split, self.shard_tokens, self.vocab_size = folder, split, shard_tokens, vocab_size
-        self.token_type = shard_header(0, vocab_size)[1]
-        self.counts = np.zeros(vocab_size, dtype=np.int64)  # how often each token came
-        self.pending, self.n_pending, self.n_shards = [], 0, 0
+        self.n_tokens, self.token_type, self.file = n_tokens, shard_header(0, vocab_size)[1], None
+        kept = [self._path(shard) for shard in range(-(-n_tokens // shard_tokens))]
+        for path in set(folder.glob(f"{split}_*.bin")) - set(kept):
+            path.unlink()  # newer than the record
+        for path in kept[: n_tokens // shard_tokens]:
+            open_shard(path)  # whole, or the program ends
+        if in_last := n_tokens % shard_tokens:
+            self.file = open(kept[-1], "r+b")
+            size = 4 * HEADER_INTS + in_last * np.dtype(self.token_type).itemsize
+            if self.file.seek(0, os.SEEK_END) < size:
+                fail(f"{kept[-1]} is truncated: delete {folder} to begin anew")
+            self.file.truncate(size)
+            self.file.seek(size)
+
+    def _path(self, shard: int) -> Path:
+        return self.folder / f"{self.split}_{shard:06d}.bin"
 
     def write(self, tokens: np.ndarray):
-        self.counts += np.bincount(tokens, minlength=self.vocab_size)
-        self.pending.append(tokens.astype(self.token_type))
-        self.n_pending += len(tokens)
-        while self.n_pending >= self.shard_tokens:
-            self._flush(self.shard_tokens)
+        tokens = tokens.astype(self.token_type)
+        while len(tokens):
+            n_full, in_last = divmod(self.n_tokens, self.shard_tokens)
+            if not in_last:
+                self.file = open(self._path(n_full), "wb")
+                self.file.write(shard_header(self.shard_tokens, self.vocab_size)[0])
+            written = tokens[: self.shard_tokens - in_last]
+            self.file.write(written)
+            self.n_tokens, tokens = self.n_tokens + len(written), tokens[len(written) :]
+            if self.n_tokens % self.shard_tokens == 0:
+                self._close()
 
-    def _flush(self, n_tokens: int):
-        tokens = np.concatenate(self.pending)
-        shard, rest = tokens[:n_tokens], tokens[n_tokens:]
-        with open(self.folder / f"{self.split}_{self.n_shards:06d}.bin", "wb") as file:
-            file.write(shard_header(len(shard), self.vocab_size)[0].tobytes())
-            file.write(shard.tobytes())
-        self.pending, self.n_pending, self.n_shards = [rest], len(rest), self.n_shards + 1
+    def sync(self):
+        if self.file:
+            self.file.flush()
+            os.fsync(self.file.fileno())
 
-    def close(self):
-        if self.n_pending:
-            self._flush(self.n_pending)
+    def _close(self):
+        self.sync()
+        self.file.close()
+        self.file = None
 
-    def unigram_entropy(self) -> float:
-        """−Σ p ln p of the token frequencies, nats: the loss of a model that knows frequencies and nothing else."""
-        p = self.counts[self.counts > 0] / self.counts.sum()
-        return float(-(p * np.log(p)).sum())
+    def finish(self):
+        """The last shard, which is not full, gets the header of its length."""
+        if self.file:
+            self.file.seek(0)
+            self.file.write(shard_header(self.n_tokens % self.shard_tokens, self.vocab_size)[0])
+            self._close()
 
 
-def prepare(documents, out: Path, tokenizer: str, *, source: str, shard_tokens: int = 100_000_000, val_fraction: float = 0.005):
+def prepare(
+    documents, out: Path, tokenizer: str, *, source: str, shard_tokens: int = 100_000_000, val_fraction: float = 0.005,
+    max_tokens: int | None = None, expected_tokens: int | None = None,
+):  # fmt: skip
     """Tokenise an iterable of strings into `out`: shards, then `meta.json`. Each document starts with end-of-text.
 
     A document is validation when the hash of its text says so: the split depends on neither order nor machine.
-    Everything is written beside `out` first and moved in at the end, so a killed preparation leaves nothing behind
-    that looks finished. Ends the program (exit 2) rather than overwrite shards that are there.
+    Everything is written into `out/.partial` first and moved in at the end, so a killed preparation leaves nothing behind
+    that looks finished, and the same call goes on where its last record was made, to the same bytes. Ends the program
+    (exit 2) rather than overwrite shards that are there. `expected_tokens` is for the disk space and the time left alone.
     """
-    partial = out / ".partial"
-    try:
+    with partial_folder(out) as partial:
         if (partial / "meta.json").exists():  # whole, and killed while it was moved in
-            return _move_in(partial, out)
-        if list(out.glob("*.bin")):
-            fail(f"{out} already holds shards: choose another --out, or delete them first")
+            return move_in(partial, out)
         encoding = load_tokenizer(tokenizer)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        train, val = (ShardWriter(partial, split, shard_tokens, encoding.n_vocab) for split in ("train", "val"))
-        _tokenise(documents, encoding, train, val, val_fraction)
-        if not val.counts.any() or not train.counts.any():
-            missing = "train" if val.counts.any() else "val"
+        vocabulary = _hash(Path(tokenizer).read_text()).hex() if tokenizer.endswith(".tiktoken") else tokenizer
+        command = {
+            "source": source, "tokenizer": tokenizer, "vocabulary": vocabulary, "shard_tokens": shard_tokens,
+            "val_fraction": val_fraction, "max_tokens": max_tokens,
+        }  # fmt: skip
+        record = read_record(partial, command)
+        expected_tokens = min(filter(None, (max_tokens, expected_tokens)), default=0)
+        check_space(partial, expected_tokens - record["train"] - record["val"], encoding.n_vocab)
+        train, val = (ShardWriter(partial, split, shard_tokens, encoding.n_vocab, record[split]) for split in ("train", "val"))
+        groups = _groups(documents, _documents_after(record, documents, partial))
+        _write(_encoded(groups, encoding), train, val, partial, record, expected_tokens)
+        train.finish()
+        val.finish()
+        if not val.n_tokens or not train.n_tokens:
+            (partial / "record.json").unlink(missing_ok=True)  # nothing can be made of it
+            missing = "train" if val.n_tokens else "val"
             fail(f"no document of {source} fell into the {missing} split: change --val_fraction={val_fraction}")
-        meta = {
-            "tokenizer": tokenizer,
-            "vocab_size": encoding.n_vocab,
-            "source": source,
-            "train_tokens": int(train.counts.sum()),
-            "val_tokens": int(val.counts.sum()),
-            "val_unigram_entropy": val.unigram_entropy(),
-        }
-        if tokenizer.endswith(".tiktoken"):
-            meta["tokenizer"] = VOCABULARY_FILE
-            shutil.copy(tokenizer, partial / VOCABULARY_FILE)
-        (partial / "meta.json.tmp").write_text(json.dumps(meta, indent=1) + "\n")
-        os.replace(partial / "meta.json.tmp", partial / "meta.json")
-        _move_in(partial, out)
-    except OSError as error:
-        fail(f"{out} cannot be written: {error.strerror or error}")
-    finally:
-        if not (partial / "meta.json").exists():
-            shutil.rmtree(partial, ignore_errors=True)
+        finish(partial, out, tokenizer, encoding.n_vocab, source)
 
 
-def _move_in(partial: Path, out: Path):
-    """The shards, then `meta.json`, into `out`; what a kill leaves undone here the next call does."""
-    meta = json.loads((partial / "meta.json").read_text())
-    for path in sorted(partial.iterdir(), key=lambda path: path.name == "meta.json"):
-        os.replace(path, out / path.name)
-    print(f"{out}: {meta['train_tokens']:,} train and {meta['val_tokens']:,} val tokens, vocabulary {meta['vocab_size']:,},")
-    print(f"unigram entropy of val {meta['val_unigram_entropy']:.3f} nats")
+def _documents_after(record: dict, documents, partial: Path):
+    """What follows the documents on record. A source that tells its position (`state_dict`) goes there at once; another is
+    read again, which shows whether it is still the same."""
+    n_documents = record["documents"]
+    if n_documents:
+        print(f"going on after {n_documents:,} documents, {record['train'] + record['val']:,} tokens", file=sys.stderr)
+    if record["position"] is not None:
+        documents.load_state_dict(record["position"])
+        return iter(documents)
+    rest, digest = iter(documents), ""
+    for number, text in enumerate(islice(rest, n_documents), 1):
+        digest = _chain(digest, _hash(text))
+        if number % 10_000 == 0:
+            print(f"\r{number:,} documents read again", end="", file=sys.stderr, flush=True)
+    if digest != record["digest"]:
+        fail(f"the first {n_documents:,} documents are no longer those in {partial}: restore them, or delete that folder")
+    return rest
 
 
-def _tokenise(documents, encoding, train: ShardWriter, val: ShardWriter, val_fraction: float):
-    """Documents through all cores (tiktoken works outside Python's lock), results in order, a bounded number in flight."""
-
-    def encode(texts: list[str]) -> list[tuple[bool, np.ndarray]]:
-        return [(_is_val(text, val_fraction), _with_end_of_text(encoding, text)) for text in texts]
-
-    start = last_report = time.monotonic()
-    n_documents = n_tokens = 0
-    cores = available_cores()
-    in_flight = deque()
-
-    def finish_oldest():
-        nonlocal n_documents, n_tokens, last_report
-        for is_val, tokens in in_flight.popleft().result():
-            (val if is_val else train).write(tokens)
-            n_documents, n_tokens = n_documents + 1, n_tokens + len(tokens)
-        if time.monotonic() - last_report > 1:
-            last_report = time.monotonic()
-            rate = n_tokens / (last_report - start)
-            print(f"\r{n_documents:,} documents, {n_tokens:,} tokens, {rate:,.0f} tokens/s ", end="", file=sys.stderr, flush=True)
-
-    with ThreadPoolExecutor(cores) as pool:
-        for texts in _groups(documents):
-            in_flight.append(pool.submit(encode, texts))
-            if len(in_flight) > 4 * cores:
-                finish_oldest()
-        while in_flight:
-            finish_oldest()
-    train.close()
-    val.close()
-    seconds = time.monotonic() - start
-    print(f"\r{n_documents:,} documents, {n_tokens:,} tokens in {seconds:.1f} s, {n_tokens / seconds:,.0f} tokens/s", file=sys.stderr, flush=True)
-
-
-def _groups(documents, characters: int = 200_000):
-    """Lists of documents of about `characters` in all, so that a task is worth handing to a thread."""
+def _groups(documents, rest, characters: int = 200_000):
+    """Lists of documents of about `characters` in all, so that a task is worth handing to a thread, and where the source
+    stands after each."""
+    state_dict = getattr(documents, "state_dict", lambda: None)
     group, size = [], 0
-    for text in documents:
+    for text in rest:
         group.append(text)
         size += len(text)
         if size >= characters:
-            yield group
+            yield group, state_dict()
             group, size = [], 0
     if group:
-        yield group
+        yield group, state_dict()
+
+
+def _encoded(groups, encoding: tiktoken.Encoding):
+    """(hash, tokens) of each document of a group, through all cores (tiktoken works outside Python's lock), groups in
+    order, a bounded number in flight; and where the source stands after it."""
+
+    def encode(texts: list[str]) -> list[tuple[bytes, np.ndarray]]:
+        return [(_hash(text), _with_end_of_text(encoding, text)) for text in texts]
+
+    cores = available_cores()
+    in_flight = deque()
+    with ThreadPoolExecutor(cores) as pool:
+        for texts, position in groups:
+            in_flight.append((pool.submit(encode, texts), position))
+            if len(in_flight) > 4 * cores:
+                encoded, position = in_flight.popleft()
+                yield encoded.result(), position
+        while in_flight:
+            encoded, position = in_flight.popleft()
+            yield encoded.result(), position
+
+
+def _write(groups, train: ShardWriter, val: ShardWriter, partial: Path, record: dict, expected_tokens: int):
+    """Encoded groups into the shards; a record when a shard is full, and every ten seconds."""
+    max_tokens, val_fraction = record["command"]["max_tokens"] or math.inf, record["command"]["val_fraction"]
+    start = last_report = last_record = time.monotonic()
+    n_before = n_tokens = train.n_tokens + val.n_tokens
+
+    def report(end: str = ""):
+        rate = (n_tokens - n_before) / (time.monotonic() - start)
+        left = max(0, expected_tokens - n_tokens) / rate if rate and not end else 0
+        text = f"\r{record['documents']:,} documents, {n_tokens:,} tokens, {rate:,.0f} tokens/s"
+        print(text + f", {timedelta(seconds=round(left))} left " * (left > 0), end=end, file=sys.stderr, flush=True)
+
+    for encoded, position in groups:
+        for text_hash, tokens in encoded:
+            if n_tokens + len(tokens) > max_tokens:
+                return report(end="\n")
+            is_val = int.from_bytes(text_hash, "little") < val_fraction * 2**64
+            (val if is_val else train).write(tokens)
+            n_tokens += len(tokens)
+            record["documents"], record["digest"] = record["documents"] + 1, _chain(record["digest"], text_hash)
+        now = time.monotonic()
+        if now - last_report > 1:
+            last_report = now
+            report()
+        if now - last_record > 10 or any(x.n_tokens // x.shard_tokens > record[x.split] // x.shard_tokens for x in (train, val)):
+            last_record = now
+            train.sync()
+            val.sync()
+            record |= {"position": position, "train": train.n_tokens, "val": val.n_tokens}
+            write_json(partial / "record.json", record)
+    report(end="\n")
 
 
 def _with_end_of_text(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
@@ -180,38 +225,34 @@ def _with_end_of_text(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
     return np.concatenate((np.array([encoding.eot_token], np.uint32), encoding.encode_to_numpy(text, disallowed_special=())))
 
 
-def _is_val(text: str, val_fraction: float) -> bool:
-    digest = hashlib.blake2b(text.encode("utf-8", errors="replace"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") < val_fraction * 2**64
+def _hash(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", errors="replace"), digest_size=8).digest()
 
 
-def prepare_from_command_line(description: str, default_out: Path, add_arguments, documents):
-    """The command line that every prepare.py shares; `documents(arguments)` yields its strings."""
-    parser = argparse.ArgumentParser(description=description)
+def _chain(digest: str, text_hash: bytes) -> str:
+    return hashlib.blake2b(digest.encode() + text_hash, digest_size=8).hexdigest()
+
+
+def read_command_line(description: str, default_out: Path, add_arguments) -> argparse.Namespace:
+    """The command line that every prepare.py shares."""
+    parser = argparse.ArgumentParser(description=description + " The same command goes on where it was stopped.")
     add_arguments(parser)
     parser.add_argument("--out", type=Path, default=default_out, help="folder for the shards (default: %(default)s)")
     parser.add_argument("--tokenizer", default="gpt2", help="tiktoken encoding, or a .tiktoken file (default: %(default)s)")
     parser.add_argument("--shard_tokens", type=int, default=100_000_000, help="tokens in a shard (default: %(default)s)")
     parser.add_argument("--val_fraction", type=float, default=0.005, help="share of documents for validation (default: %(default)s)")
+    parser.add_argument("--max_tokens", type=int, help="the first documents, with at most so many tokens (default: all)")
     arguments = parser.parse_args()
     if not 0 < arguments.shard_tokens < 2**31 or not 0 < arguments.val_fraction < 1:
         fail("--shard_tokens must be at least 1 and below 2**31, --val_fraction between 0 and 1")
-    options = {"shard_tokens": arguments.shard_tokens, "val_fraction": arguments.val_fraction}
-    prepare(documents(arguments), arguments.out, arguments.tokenizer, source=parser.prog, **options)
+    if arguments.max_tokens is not None and arguments.max_tokens < 1:
+        fail("--max_tokens must be at least 1")
+    return arguments
 
 
-def hugging_face_documents(source: str, name: str | None):
-    """Texts of a Hugging Face dataset's train split, streamed; a local folder of parquet or JSON files works too."""
+def prepare_as_told(arguments: argparse.Namespace, documents, source: str, expected_tokens: int | None = None):
+    options = {name: getattr(arguments, name) for name in ("shard_tokens", "val_fraction", "max_tokens")}
     try:
-        import datasets
-    except ImportError:
-        fail("this dataset comes through the datasets package: pip install datasets")
-    try:
-        name = None if Path(source).is_dir() else name
-        stream = datasets.load_dataset(source, name, split="train", streaming=True)
-        for row in stream:
-            if not isinstance(row.get("text"), str):
-                fail(f"{source} has no column 'text' of strings: its columns are {', '.join(row)}")
-            yield row["text"]
-    except (OSError, ValueError, RuntimeError) as error:
-        fail(f"{source} cannot be streamed: {type(error).__name__}: {str(error)[:200]}; check the network or give --source a local folder")
+        prepare(documents, arguments.out, arguments.tokenizer, source=source, expected_tokens=expected_tokens, **options)
+    except KeyboardInterrupt:
+        fail("stopped; the same command goes on from the last record")

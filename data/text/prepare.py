@@ -8,7 +8,7 @@ import zlib
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.prepare import prepare_from_command_line
+from data.prepare import prepare_as_told, read_command_line
 from data.shards import fail
 
 OPENERS = {".txt": open, ".jsonl": open, ".jsonl.gz": gzip.open, ".jsonl.xz": lzma.open}
@@ -63,4 +63,5 @@ def add_arguments(parser):
 
 
 if __name__ == "__main__":
-    prepare_from_command_line(__doc__, Path(__file__).parent, add_arguments, documents)
+    arguments = read_command_line(__doc__, Path(__file__).parent, add_arguments)
+    prepare_as_told(arguments, documents(arguments), source=" ".join(map(str, arguments.inputs)))
