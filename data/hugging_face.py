@@ -22,19 +22,24 @@ class HuggingFaceDocuments:
     def __iter__(self):
         try:
             import datasets
-            from huggingface_hub import constants, get_session
+            from huggingface_hub import constants
+            from huggingface_hub.utils import get_session
         except ImportError:
             fail("this dataset comes through the datasets package: pip install datasets")
         datasets.disable_progress_bars()
         commit = self.position["commit"] if self.position else None
         try:
-            if not self.is_local:
-                get_session().head(constants.ENDPOINT, timeout=10)  # no network: said at once, not after minutes of retries
+            if self.is_local:
+                datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors are said below
+            else:
+                get_session().head(constants.ENDPOINT, timeout=10)  # no network: said at once, not after many retries
             builder = datasets.load_dataset_builder(self.source, self.name, revision=None if self.is_local else commit)
             self.commit = builder.hash
             if commit not in (None, self.commit):
                 fail(f"the files of {self.source} have changed since this preparation began: delete its .partial to begin anew")
             self.stream = builder.as_streaming_dataset(split="train")
+            if "text" in (self.stream.column_names or ()):  # known before the first row of parquet, not of JSON
+                self.stream = self.stream.select_columns(["text"])  # half the time
             if self.position:
                 self.stream.load_state_dict(self.position["stream"])
             for row in self.stream:
@@ -43,4 +48,6 @@ class HuggingFaceDocuments:
                 yield row["text"]
         except Exception as error:  # of any of the packages below datasets
             reason = f"{type(error).__name__}: {str(error)[:200]}"
-            fail(f"{self.source} cannot be streamed: {reason}; check the network and go on, or give --source a local folder")
+            if self.is_local:
+                fail(f"{self.source} cannot be read: {reason}")
+            fail(f"{self.source} is no folder here and cannot be streamed: {reason}; check its name and the network")

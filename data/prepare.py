@@ -57,10 +57,10 @@ class ShardWriter:
         for path in kept[: n_tokens // shard_tokens]:
             open_shard(path)  # whole, or the program ends
         if in_last := n_tokens % shard_tokens:
-            self.file = open(kept[-1], "r+b")
             size = 4 * HEADER_INTS + in_last * np.dtype(self.token_type).itemsize
-            if self.file.seek(0, os.SEEK_END) < size:
-                fail(f"{kept[-1]} is truncated: delete {folder} to begin anew")
+            if not kept[-1].is_file() or kept[-1].stat().st_size < size:
+                fail(f"{kept[-1]} is not what the record says: delete {folder} to begin anew")
+            self.file = open(kept[-1], "r+b")
             self.file.truncate(size)
             self.file.seek(size)
 
@@ -211,7 +211,8 @@ def _write(groups, train: ShardWriter, val: ShardWriter, partial: Path, record: 
         if now - last_report > 1:
             last_report = now
             report()
-        if now - last_record > 10 or any(x.n_tokens // x.shard_tokens > record[x.split] // x.shard_tokens for x in (train, val)):
+        full = any(x.n_tokens // x.shard_tokens > record[x.split] // x.shard_tokens for x in (train, val))
+        if full or now - last_record > 10:
             last_record = now
             train.sync()
             val.sync()

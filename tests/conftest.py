@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,23 @@ def tiny_folder(folder: Path) -> Path:
 @pytest.fixture
 def data(tmp_path) -> Path:
     return tiny_folder(tmp_path / "tiny")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of its own, of 8 MB: room for some of the tiny model's checkpoints, or for a few small shards."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def fill(out: Path):
+    with open(out / "ballast", "wb", buffering=0) as ballast, suppress(OSError):
+        while True:
+            ballast.write(bytes(4096))
 
 
 def tiny_arguments(data: Path, out: Path, **changes) -> list[str]:

@@ -1,6 +1,7 @@
 """data/: the shard format, the order of samples, the loader, documents to shards."""
 
 import argparse
+import fcntl
 import gzip
 import json
 import lzma
@@ -10,17 +11,22 @@ import struct
 import subprocess
 import sys
 import time
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from data.fineweb.prepare import link_shards
+from data.hugging_face import HuggingFaceDocuments
 from data.prepare import load_tokenizer, prepare
 from data.shards import (
     Loader, TokenWindows, open_dataset, open_shard, permute, read_meta, samples_of_process, windows_of_samples,
 )  # fmt: skip
+from data.stdlib.prepare import documents as stdlib_documents
 from data.text.prepare import documents as documents_of_files
-from tests.conftest import ROOT, VOCAB, fails_in_one_line, write_shard
+from tests.conftest import ROOT, SHARED, VOCAB, fails_in_one_line, fill, write_shard
 
 STDLIB_VOCABULARY = str(ROOT / "data/stdlib/vocabulary.tiktoken")
 
@@ -287,6 +293,317 @@ def test_a_new_preparation_brings_its_own_vocabulary(tmp_path):
         other.write_text("".join(line for line, _ in zip(file, range(1000))))
     prepare(texts(), out, str(other), source="test", val_fraction=0.1)
     assert load_tokenizer("vocabulary.tiktoken", out).n_vocab == json.loads((out / "meta.json").read_text())["vocab_size"] == 1001
+
+
+# --- a preparation that is stopped goes on
+
+
+@pytest.fixture(scope="module")
+def corpus() -> list[str]:
+    """Some 10 MB of real documents: of the shared corpus, or else the standard library's sources."""
+    if not SHARED.is_dir():
+        return list(islice(stdlib_documents(), 4000))
+    with lzma.open(SHARED / "corpus/docs.jsonl.xz", "rt") as file:
+        return [json.loads(line)["text"] for line in islice(file, 1500)]
+
+
+@pytest.fixture
+def one_core(monkeypatch):
+    """Few documents in flight: a small corpus has many moments at which it can be stopped."""
+    monkeypatch.setattr("data.prepare.available_cores", lambda: 1)
+
+
+OPTIONS = {"source": "test", "shard_tokens": 100_000, "val_fraction": 0.02}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def finished_shards(partial: Path, shard_tokens: int) -> dict[str, tuple]:
+    """Name, inode and time of change of the shards that the record says are full."""
+    record = json.loads((partial / "record.json").read_text())
+    names = [f"{split}_{i:06d}.bin" for split in ("train", "val") for i in range(record[split] // shard_tokens)]
+    return {name: (status.st_ino, status.st_mtime_ns) for name in names if (status := (partial / name).stat())}
+
+
+def until(documents, n: int):
+    yield from islice(documents, n)
+    raise KeyboardInterrupt
+
+
+def test_a_stopped_preparation_goes_on_to_the_same_bytes(tmp_path, corpus, one_core):
+    """Stopped anywhere, several times: finished shards are left as they are, and no document is encoded again for them."""
+    dice = np.random.default_rng(0)
+    prepare(corpus, tmp_path / "whole", STDLIB_VOCABULARY, **OPTIONS)
+    out, finished, n_documents = tmp_path / "out", {}, []
+    for stop in sorted(dice.integers(500, len(corpus), 4)):
+        with pytest.raises(KeyboardInterrupt):
+            prepare(until(corpus, stop), out, STDLIB_VOCABULARY, **OPTIONS)
+        assert not list(out.glob("*.bin")) and not (out / "meta.json").exists()
+        finished |= finished_shards(out / ".partial", OPTIONS["shard_tokens"])
+        n_documents.append(json.loads((out / ".partial/record.json").read_text())["documents"])
+    assert n_documents == sorted(n_documents) and n_documents[-1] > n_documents[0] > 0 and len(finished) > 5
+    prepare(corpus, out, STDLIB_VOCABULARY, **OPTIONS)
+    assert contents(out) == contents(tmp_path / "whole")
+    now = {name: ((out / name).stat().st_ino, (out / name).stat().st_mtime_ns) for name in finished}
+    assert now == finished
+
+
+@pytest.fixture
+def stopped(tmp_path, corpus, one_core) -> Path:
+    """A folder with a part of a preparation."""
+    with pytest.raises(KeyboardInterrupt):
+        prepare(until(corpus, 1000), tmp_path / "stopped", STDLIB_VOCABULARY, **OPTIONS)
+    return tmp_path / "stopped"
+
+
+@pytest.mark.parametrize("change", ({"source": "x"}, {"shard_tokens": 7777}, {"val_fraction": 0.5}, {"max_tokens": 9**9}))
+def test_a_part_of_another_preparation_is_refused_and_kept(stopped, corpus, capsys, change):
+    before = contents(stopped / ".partial")
+    capsys.readouterr()
+    line = fails_in_one_line(capsys, lambda: prepare(corpus, stopped, STDLIB_VOCABULARY, **(OPTIONS | change)))
+    assert f"{next(iter(change))} was" in line and contents(stopped / ".partial") == before
+
+
+def test_a_part_with_another_tokenizer_is_refused(stopped, corpus, capsys, tmp_path):
+    other = tmp_path / "other.tiktoken"
+    other.write_text("".join(Path(STDLIB_VOCABULARY).read_text().splitlines(keepends=True)[:1000]))
+    capsys.readouterr()
+    assert "tokenizer was" in fails_in_one_line(capsys, lambda: prepare(corpus, stopped, str(other), **OPTIONS))
+
+
+def test_documents_that_are_no_longer_the_same_are_found(stopped, corpus, capsys):
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        prepare(["new", *corpus], stopped, STDLIB_VOCABULARY, **OPTIONS)
+    assert "no longer those" in capsys.readouterr().err and (stopped / ".partial/record.json").exists()
+
+
+@pytest.mark.parametrize("damage", (lambda path: os.truncate(path, 1030), Path.unlink), ids=("cut", "gone"))
+def test_a_damaged_part_is_not_gone_on_with(stopped, corpus, capsys, damage):
+    record = json.loads((stopped / ".partial/record.json").read_text())
+    for name in ("train_000000.bin", f"train_{record['train'] // OPTIONS['shard_tokens']:06d}.bin"):  # full, and not
+        whole = (stopped / ".partial" / name).read_bytes()
+        damage(stopped / ".partial" / name)
+        with pytest.raises(SystemExit) as end:
+            prepare(corpus, stopped, STDLIB_VOCABULARY, **OPTIONS)
+        line = capsys.readouterr().err
+        assert end.value.code == 2 and name in line and "cannot be written" not in line
+        (stopped / ".partial" / name).write_bytes(whole)
+
+
+def test_one_process_prepares_a_folder(stopped, corpus, capsys):
+    lock = os.open(stopped / ".partial", os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    capsys.readouterr()
+    assert "another process" in fails_in_one_line(capsys, lambda: prepare(corpus, stopped, STDLIB_VOCABULARY, **OPTIONS))
+    os.close(lock)
+
+
+def test_max_tokens_takes_the_first_documents(tmp_path, corpus):
+    options = OPTIONS | {"max_tokens": 300_000}
+    prepare(corpus, tmp_path / "part", STDLIB_VOCABULARY, **options)
+    meta = read_meta(tmp_path / "part")
+    encoding = load_tokenizer(STDLIB_VOCABULARY)
+    lengths = np.cumsum([1 + len(encoding.encode_ordinary(text)) for text in corpus[:300]])
+    assert meta["train_tokens"] + meta["val_tokens"] == lengths[lengths <= 300_000][-1] < lengths[-1]
+
+
+def test_a_disk_without_room_is_refused_at_once(tmp_path, capsys):
+    line = fails_in_one_line(
+        capsys, lambda: prepare(texts(), tmp_path / "out", STDLIB_VOCABULARY, source="test", max_tokens=10**15)
+    )
+    assert "2,000,000.0 GB are needed" in line and not list((tmp_path / "out").iterdir())
+
+
+def test_a_disk_that_fills_up_keeps_the_finished_shards(small_disk, tmp_path, corpus, capsys, one_core):
+    prepare(corpus, tmp_path / "whole", STDLIB_VOCABULARY, **OPTIONS)
+    with open(small_disk / "ballast", "wb") as ballast:
+        ballast.write(bytes(6 * 2**20))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        prepare(corpus, small_disk / "out", STDLIB_VOCABULARY, **OPTIONS)
+    says = [line for line in capsys.readouterr().err.splitlines() if "nanoOEC" in line]
+    assert end.value.code == 2 and len(says) == 1 and "No space left" in says[0] and "goes on" in says[0]
+    finished = finished_shards(small_disk / "out/.partial", OPTIONS["shard_tokens"])
+    assert finished
+    (small_disk / "ballast").unlink()
+    prepare(corpus, small_disk / "out", STDLIB_VOCABULARY, **OPTIONS)
+    assert contents(small_disk / "out") == contents(tmp_path / "whole")
+    assert {name: (small_disk / "out" / name).stat().st_mtime_ns for name in finished} == {k: v[1] for k, v in finished.items()}
+
+
+def kill_after_records(command: list, out: Path, times: int) -> dict[str, tuple]:
+    """Runs a preparation on one core `times` times, each killed at a random moment after it made a record. What was
+    finished at each kill."""
+    record, finished, dice = out / ".partial/record.json", {}, np.random.default_rng(0)
+    shard_tokens = int(command[command.index("--shard_tokens") + 1])
+    for _ in range(times):
+        before = record.read_bytes() if record.exists() else b""
+        core = min(os.sched_getaffinity(0))
+        run = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=lambda: os.sched_setaffinity(0, [core])
+        )
+        while run.poll() is None and (not record.exists() or record.read_bytes() == before):
+            time.sleep(0.002)
+        time.sleep(dice.uniform(0, 0.2))
+        run.kill()
+        assert run.wait() == -9, "the preparation was over before it was killed: give it more documents"
+        finished |= finished_shards(out / ".partial", shard_tokens)
+    return finished
+
+
+def assert_kills_change_nothing(command: list, tmp_path: Path, times: int):
+    done = subprocess.run([*command, "--out", str(tmp_path / "whole")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    command = [*command, "--out", str(tmp_path / "out")]
+    finished = kill_after_records(command, tmp_path / "out", times)
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole") and len(finished) >= times
+    now = {name: ((tmp_path / "out" / name).stat().st_ino, (tmp_path / "out" / name).stat().st_mtime_ns) for name in finished}
+    assert now == finished
+
+
+def prepare_command(name: str, *arguments, shard_tokens: int = 50_000) -> list[str]:
+    options = ["--tokenizer", STDLIB_VOCABULARY, "--val_fraction", 0.02, "--shard_tokens", shard_tokens]
+    return [sys.executable, *map(str, (ROOT / f"data/{name}/prepare.py", *arguments, *options))]
+
+
+def test_kill_9_loses_no_shard(tmp_path, corpus):
+    source = tmp_path / "corpus.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in corpus[:1000]))
+    assert_kills_change_nothing(prepare_command("text", source), tmp_path, times=2)
+
+
+# --- through datasets
+
+
+def write_dataset(folder: Path, kind: str, texts: list[str], n_files: int = 3) -> Path:
+    """As published: several files with columns beside the text."""
+    folder.mkdir()
+    for i in range(n_files):
+        rows = [{"id": f"{i}/{j}", "text": text, "score": j / 7} for j, text in enumerate(texts[i::n_files])]
+        if kind == "json":
+            (folder / f"{i:03d}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        else:
+            arrow = pytest.importorskip("pyarrow", reason="parquet files are written with pyarrow")
+            parquet = pytest.importorskip("pyarrow.parquet", reason="parquet files are written with pyarrow")
+            parquet.write_table(arrow.Table.from_pylist(rows), folder / f"{i:03d}.parquet", row_group_size=100)
+    return folder
+
+
+class StoppedStream(HuggingFaceDocuments):
+    def __iter__(self):
+        return until(super().__iter__(), 600)
+
+
+@pytest.mark.parametrize("kind", ("parquet", "json"))
+def test_a_streamed_preparation_goes_on_from_its_position(tmp_path, corpus, one_core, kind):
+    pytest.importorskip("datasets", reason="streaming goes through the datasets package")
+    source = write_dataset(tmp_path / kind, kind, corpus)
+    in_order = [text for i in range(3) for text in corpus[i::3]]
+    prepare(in_order, tmp_path / "whole", STDLIB_VOCABULARY, **OPTIONS)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            prepare(StoppedStream(str(source), None), tmp_path / "out", STDLIB_VOCABULARY, **OPTIONS)
+    record = json.loads((tmp_path / "out/.partial/record.json").read_text())
+    assert record["documents"] > 600  # the second went on where the first was stopped
+    prepare(HuggingFaceDocuments(str(source), None), tmp_path / "out", STDLIB_VOCABULARY, **OPTIONS)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, kind", (("openwebtext", "parquet"), ("fineweb", "json")))
+def test_kill_9_loses_no_shard_of_a_stream(tmp_path, corpus, name, kind):
+    pytest.importorskip("datasets", reason="streaming goes through the datasets package")
+    source = write_dataset(tmp_path / kind, kind, corpus)
+    assert_kills_change_nothing(prepare_command(name, "--source", source), tmp_path, times=6)
+
+
+def test_a_folder_that_changed_is_not_gone_on_with(tmp_path, corpus, capsys, one_core):
+    pytest.importorskip("datasets", reason="streaming goes through the datasets package")
+    source = write_dataset(tmp_path / "json", "json", corpus)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(StoppedStream(str(source), None), tmp_path / "out", STDLIB_VOCABULARY, **OPTIONS)
+    with open(source / "000.jsonl", "a") as file:
+        file.write('{"id": "new", "text": "new", "score": 0}\n')
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        prepare(HuggingFaceDocuments(str(source), None), tmp_path / "out", STDLIB_VOCABULARY, **OPTIONS)
+    assert end.value.code == 2 and "have changed" in capsys.readouterr().err and (tmp_path / "out/.partial/record.json").exists()
+
+
+def test_datasets_that_cannot_be_streamed_are_one_line(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("datasets", reason="streaming goes through the datasets package")
+    empty, no_text, broken = (tmp_path / name for name in ("empty", "no_text", "broken"))
+    for folder in (empty, no_text, broken):
+        folder.mkdir()
+    (no_text / "a.jsonl").write_text('{"body": "x", "url": "y"}\n')
+    (broken / "a.jsonl").write_text("{\n")
+    for folder, says in ((empty, "data files"), (no_text, "its columns are body, url"), (broken, "cannot be read")):
+        assert says in fails_in_one_line(capsys, lambda: list(HuggingFaceDocuments(str(folder), None)))  # noqa: B023
+
+
+def test_no_network_is_said_at_once(tmp_path):
+    """The hub at a port where nothing listens."""
+    pytest.importorskip("datasets", reason="streaming goes through the datasets package")
+    start = time.monotonic()
+    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+    command = [*prepare_command("fineweb"), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100)
+    assert done.returncode == 2 and time.monotonic() - start < 60
+    assert len(done.stderr.splitlines()) == 1 and "check its name and the network" in done.stderr
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_datasets_is_asked_for_where_it_is_missing(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert "pip install datasets" in fails_in_one_line(capsys, lambda: list(HuggingFaceDocuments("nobody/nothing", None)))
+
+
+# --- published shards
+
+
+def published(folder: Path) -> Path:
+    folder.mkdir()
+    dice = np.random.default_rng(0)
+    for name, size in (("train_000001", 30_000), ("train_000002", 20_000), ("val_000000", 10_000)):
+        write_shard(folder / f"fineweb_{name}.bin", dice.integers(0, 50257, size), 50257)
+    return folder
+
+
+def test_published_shards_are_linked(tmp_path, monkeypatch, capsys):
+    shards = published(tmp_path / "downloaded")
+    monkeypatch.chdir(tmp_path)
+    link_shards(Path("downloaded"), Path("out"))
+    assert all(path.is_symlink() for path in (tmp_path / "out").glob("*.bin"))
+    meta = read_meta(tmp_path / "out")
+    assert (meta["tokenizer"], meta["vocab_size"], meta["train_tokens"], meta["val_tokens"]) == ("gpt2", 50257, 50_000, 10_000)
+    train, val = open_dataset(tmp_path / "out", 32, 50257)
+    assert np.array_equal(val.shards[0], open_shard(shards / "fineweb_val_000000.bin")) and len(train.shards) == 2
+    capsys.readouterr()
+    assert "already holds shards" in fails_in_one_line(capsys, link_shards, shards, tmp_path / "out")
+    assert len(list((tmp_path / "out").iterdir())) == 4 and len(list(shards.iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    "name, damage, says",
+    (
+        ("val_000000", lambda path: path.unlink(), "val"),
+        ("train_000002", lambda path: path.write_bytes(path.read_bytes()[:-2]), "truncated"),
+        ("train_000001", lambda path: path.write_bytes(b"<html>not found</html>"), "no token shard"),
+        ("train_000002", lambda path: write_shard(path, np.full(5000, 50257), 50257), "50257"),
+        ("val_000000", lambda path: write_shard(path, (np.arange(60_000) == 20_000) * 60_000, 50257), "beyond"),
+    ),
+)
+def test_published_shards_are_checked(tmp_path, capsys, name, damage, says):
+    damage(published(tmp_path / "downloaded") / f"fineweb_{name}.bin")
+    assert says in fails_in_one_line(capsys, link_shards, tmp_path / "downloaded", tmp_path / "out")
+    assert not list(tmp_path.glob("out/*"))
+
+
+# --- text files
 
 
 def test_damaged_archives_are_one_line(tmp_path):

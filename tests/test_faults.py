@@ -17,7 +17,7 @@ import torch
 
 import train
 from tests.conftest import (
-    assert_same_bits, command, fails_in_one_line, metrics_of, run_command, tiny_arguments, tiny_folder, write_shard,
+    assert_same_bits, command, fails_in_one_line, fill, metrics_of, run_command, tiny_arguments, tiny_folder, write_shard,
 )  # fmt: skip
 from tools.sample import load_model
 
@@ -281,23 +281,6 @@ def test_a_disk_that_refuses_a_metrics_line(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     metrics.write(step=3, loss=3.0)
     assert [(x["step"], x["loss"]) for x in metrics_of(tmp_path)] == [(1, 1.0), (2, None), (3, 3.0)]
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A disk of its own, with room for some of the tiny model's checkpoints."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True).returncode:
-        pytest.skip("mounting a small disk needs root")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
-
-
-def fill(out: Path):
-    with open(out / "ballast", "wb", buffering=0) as ballast, suppress(OSError):
-        while True:
-            ballast.write(bytes(4096))
 
 
 def make_read_only(out: Path):
