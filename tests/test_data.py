@@ -313,7 +313,7 @@ def one_core(monkeypatch):
     monkeypatch.setattr("data.prepare.available_cores", lambda: 1)
 
 
-OPTIONS = {"source": "test", "shard_tokens": 100_000, "val_fraction": 0.02}
+OPTIONS = {"source": "test", "shard_tokens": 200_000, "val_fraction": 0.02}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -336,14 +336,19 @@ def test_a_stopped_preparation_goes_on_to_the_same_bytes(tmp_path, corpus, one_c
     """Stopped anywhere, several times: finished shards are left as they are, and no document is encoded again for them."""
     dice = np.random.default_rng(0)
     prepare(corpus, tmp_path / "whole", STDLIB_VOCABULARY, **OPTIONS)
-    out, finished, n_documents = tmp_path / "out", {}, []
+    out, finished, n_documents, n_beyond = tmp_path / "out", {}, [], 0
     for stop in sorted(dice.integers(500, len(corpus), 4)):
         with pytest.raises(KeyboardInterrupt):
             prepare(until(corpus, stop), out, STDLIB_VOCABULARY, **OPTIONS)
         assert not list(out.glob("*.bin")) and not (out / "meta.json").exists()
         finished |= finished_shards(out / ".partial", OPTIONS["shard_tokens"])
-        n_documents.append(json.loads((out / ".partial/record.json").read_text())["documents"])
+        record = json.loads((out / ".partial/record.json").read_text())
+        n_documents.append(record["documents"])
+        n_tokens = sum((path.stat().st_size - 1024) // 2 for path in (out / ".partial").glob("train_*.bin"))
+        n_beyond += n_tokens > record["train"]
+    assert n_beyond, "nothing was written after a record: this test needs larger shards"
     assert n_documents == sorted(n_documents) and n_documents[-1] > n_documents[0] > 0 and len(finished) > 5
+    (out / ".partial/train_000099.bin").write_bytes(b"newer than the record")
     prepare(corpus, out, STDLIB_VOCABULARY, **OPTIONS)
     assert contents(out) == contents(tmp_path / "whole")
     now = {name: ((out / name).stat().st_ino, (out / name).stat().st_mtime_ns) for name in finished}
