@@ -370,7 +370,7 @@ def start_part(options, words, folder) -> list[dict]:
 
 
 def scaling_part(options, words, folder) -> list[dict]:
-    """Tokens per second and memory of the training step against one size at a time."""
+    """Tokens per second and memory of the training step against one size at a time; and on one process and on two."""
     tokens = 2048
     sweeps = {
         "vocab_size": [[f"--vocab_size={v}", "--block_size=256"] for v in (4096, 16384, 50257, 131072, 262144)],
@@ -387,7 +387,26 @@ def scaling_part(options, words, folder) -> list[dict]:
             write_data(data, load_config([*words, *point, *batch]))
             row = compare(f"{name} {size}", [lambda: Contender("baseline", [*words, *point, *batch], data, options.seconds)], 3)[0]
             rows.append(row | {"name": f"{name}={size}", "sweep": name, "size": size})
-    return rows
+    return rows + processes_rows(options, [*words, "--micro_batch_size=4", "--batch_size=8"], folder)
+
+
+def processes_rows(options, words, folder) -> list[dict]:
+    """The same run under torchrun on one process and on two, in turn; its own log lines tell the speed."""
+    rows = [{"name": f"processes={n}", "sweep": "processes", "size": n, "seconds": []} for n in (1, 2)]
+    tokens = 8 * load_config(words).block_size
+    for turn in range(3):
+        for row in rows:
+            out_dir = Path(tempfile.mkdtemp(dir=folder))
+            settings = ["--max_steps=14", "--warmup_steps=0", "--log_interval=4", "--eval_interval=0", "--eval_sequences=1"]
+            launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={row['size']}", "train.py"]
+            command = [sys.executable, *launch, *words, *settings, f"--data_dir={folder}", f"--out_dir={out_dir}"]
+            done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+            if done.returncode:
+                fail(f"torchrun on {row['size']} processes ended with {done.returncode}: {done.stderr.strip().splitlines()[-1]}")
+            lines = map(json.loads, (out_dir / "metrics.jsonl").read_text().splitlines())
+            row["seconds"] += [tokens / x["tokens_per_second"] for x in lines if x["split"] == "train" and x["step"] in (8, 12)]
+            progress(f"scaling: {row['name']}, turn {turn + 1} of 3")
+    return [row | {"tokens_per_second": tokens / statistics.median(row["seconds"])} for row in rows]
 
 
 # --- output --------------------------------------------------------------------------------------
@@ -406,7 +425,7 @@ def table(part: str, rows: list[dict]) -> str:
         cells = [row["name"], f"{statistics.median(row['seconds']):.4g}", f"{min(row['seconds']):.4g}–{max(row['seconds']):.4g}"]
         cells += [f"{row['ratio']:.3f}", f"{row['ratio_range'][0]:.3f}–{row['ratio_range'][1]:.3f}"] if compares else []
         cells += [f"{row['tokens_per_second']:,.0f}"] if "tokens_per_second" in row else []
-        cells += [f"{row['bytes'] / 2**20:,.0f}"] if "bytes" in row else []
+        cells += [f"{row['bytes'] / 2**20:,.0f}" if "bytes" in row else "—"] if "bytes" in rows[0] else []
         cells += [f"{row['mfu']:.1%}" if row["mfu"] else "—"] if has_mfu else []
         cells += [f"{row['loader_share']:.2%}" if row["loader_share"] else "—"] if part == "step" else []
         lines.append("| " + " | ".join(cells) + " |")

@@ -2,6 +2,7 @@
 
     python -m tools.plot out/sweep/sweep.csv --published published.csv --out results/sweep
     python -m tools.plot out/RUN_A out/RUN_B --out curves
+    python -m tools.plot scaling.json --out results/scaling
     python -m tools.plot --geometry out/RUN/ckpt_0001000.pt model.safetensors --out geometry
 
 Writes OUT.png and OUT.svg. Needs matplotlib; for .safetensors files and Hugging Face folders, safetensors.
@@ -18,7 +19,7 @@ import torch
 import oec
 from data.shards import fail
 from tools.sweep import lr_sensitivity, read_sweep
-from train import checkpoints, read_checkpoint
+from train import checkpoints, one_line, read_checkpoint
 
 # For a printed page without colours each line has its own marker and dashes as well. (colour, marker, dashes)
 STYLES = {
@@ -154,6 +155,36 @@ def draw_curves(folders: list[Path], out: Path):
     save(figure, out)
 
 
+def draw_scaling(path: Path, out: Path):
+    """Speed and memory of a step against each size that `tools.bench --parts scaling --json` went through, log–log."""
+    try:
+        rows = json.loads(path.read_text())["scaling"]
+        sweeps = list(dict.fromkeys(row["sweep"] for row in rows))
+        points = {sweep: [row for row in rows if row["sweep"] == sweep] for sweep in sweeps}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fail(f"{path} holds no figures of tools.bench --parts scaling: {one_line(error)}")
+    plt = pyplot()
+    figure, axes = plt.subplots(2, len(sweeps), figsize=(2.8 * len(sweeps), 5), sharey="row", squeeze=False)
+    for column, (sweep, mine) in enumerate(points.items()):
+        sizes = [row["size"] for row in mine]
+        speeds = [[row["tokens_per_second"] * statistics.median(row["seconds"]) / s for s in row["seconds"]] for row in mine]
+        axes[0][column].plot(sizes, [row["tokens_per_second"] for row in mine], "o-", color="#222222", ms=4)
+        axes[0][column].fill_between(sizes, [min(s) for s in speeds], [max(s) for s in speeds], color="#222222", alpha=0.15, lw=0)
+        if all("bytes" in row for row in mine):
+            axes[1][column].plot(sizes, [row["bytes"] / 2**20 for row in mine], "s--", color="#222222", ms=4)
+        for axis, label in ((axes[0][column], "tokens per second"), (axes[1][column], "peak memory of a step (MiB)")):
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log")
+            axis.set_xticks(sizes, [f"{size:,}" for size in sizes], fontsize=7, rotation=45)
+            axis.set_xlabel(sweep)
+            if column == 0:
+                axis.set_ylabel(label)
+        if not all("bytes" in row for row in mine):
+            axes[1][column].set_visible(False)
+    figure.tight_layout()
+    save(figure, out)
+
+
 def output_embedding(path: Path) -> tuple[torch.Tensor, int]:
     """The output embedding of a checkpoint of ours, a .safetensors file or a Hugging Face folder; and its real rows."""
     if path.is_dir() and checkpoints(path):
@@ -207,7 +238,7 @@ def draw_geometry(paths: list[Path], out: Path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("inputs", nargs="+", type=Path, help="a sweep.csv, or folders of runs, or with --geometry checkpoints")
+    parser.add_argument("inputs", nargs="+", type=Path, help="a sweep.csv, or folders of runs, or a bench's scaling .json, or with --geometry checkpoints")
     parser.add_argument("--geometry", action="store_true", help="print and draw the geometry of output embeddings, as stored and centred")
     parser.add_argument("--published", type=Path, help="a csv of published figures to draw beside a sweep's")
     parser.add_argument("--size", default="16M", help="which size of the published ones (default: %(default)s)")
@@ -221,6 +252,8 @@ def main():
         rows = sweep_rows(options.inputs[0], options.size)
         beside = sweep_rows(options.published, options.size) if options.published else []
         draw_sweep(rows, [row for row in beside if row["lambda"] in ("", "1e-04")], options.out)
+    elif options.inputs[0].suffix == ".json":
+        draw_scaling(options.inputs[0], options.out)
     else:
         draw_curves(options.inputs, options.out)
 

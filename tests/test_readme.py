@@ -1,0 +1,117 @@
+"""Every command of the README, read from it and run on small real things in a copy of the project."""
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, VOCAB, tiny_folder
+
+README = (ROOT / "README.md").read_text()
+# Said after the README's own words, where the last one wins: a run of seconds.
+TINY = "--n_layer=1 --block_size=32 --batch_size=4 --micro_batch_size=2 --max_steps=2 --warmup_steps=0 --eval_sequences=4"
+TINY = shlex.split(TINY + " --eval_interval=0 --device=cpu --dtype=float32 --compile=False")
+DOCUMENTS = [{"text": f"the number {i} comes before the number {i + 1}.\n" * 9} for i in range(900)]
+# Optional packages that a command needs; it is left out, and said so, where one is missing.
+NEEDS = {"tools.plot": "matplotlib", "export_hf": "transformers", "import_hf": "transformers", "lm_eval": "lm_eval"}
+NEEDS |= {"openwebtext/prepare": "datasets", "fineweb/prepare": "datasets"}
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    words = [re.sub(r"\s+#.*", "", line) for line in lines]
+    in_table = re.findall(r"`((?:pip|python|torchrun) [^`]*)`", "\n".join(x for x in README.splitlines() if x.startswith("|")))
+    return [part.strip() for line in words + in_table for part in line.split("&&") if part.strip()]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A copy of the project without what it has made, with small datasets in the places that the README names."""
+    folder = tmp_path_factory.mktemp("project")
+    made = shutil.ignore_patterns("out", ".git", ".venv", "*.bin", "meta.json", "__pycache__", ".pytest_cache", "results")
+    shutil.copytree(ROOT, folder, ignore=made, dirs_exist_ok=True)
+    tiny_folder(folder / "tiny")
+    (folder / "documents").mkdir()
+    lines = "".join(json.dumps(document) + "\n" for document in DOCUMENTS)
+    (folder / "documents/part.jsonl").write_text(lines)
+    return folder
+
+
+def small(words: list[str], project: Path) -> list[str]:
+    """A command of the README made small: its own words, then others that overrule sizes and places."""
+    on_tiny = [*TINY, f"--data_dir={project / 'tiny'}", f"--vocab_size={VOCAB}", "--n_head=2", "--n_embd=32"]
+    words = [re.sub(r"--nproc_per_node=\d+", "--nproc_per_node=2", word) for word in words]
+    if "train.py" in words:
+        is_demo = any(word in words for word in ("config/quick.py",))
+        return words + (TINY if is_demo else on_tiny)
+    if "tools.sweep" in words:
+        return words + ["--methods=baseline", "--learning_rates=1e-3", *on_tiny]
+    if "tools.sample" in words:
+        return words + ["--tokens=5"]
+    if "pytest" in words:
+        return words + ["--collect-only"]
+    if "data/text/prepare.py" in words:
+        words[words.index("FILES")] = "documents"
+        return words + ["--val_fraction=0.2", "--tokenizer=data/stdlib/vocabulary.tiktoken"]
+    if words[1].startswith("data/"):
+        if "--from_shards" in words:
+            words[words.index("DIR")] = "tiny"
+            return words + ["--out=linked"]
+        tokenizer = "--tokenizer=data/stdlib/vocabulary.tiktoken"
+        return words + ["--source=documents", "--val_fraction=0.2", tokenizer, f"--out=made_{len(list(project.iterdir()))}"]
+    return words
+
+
+def installs(words: list[str]):
+    """What a `pip install` names is in the requirements."""
+    known = (ROOT / "requirements.txt").read_text() + (ROOT / "requirements-extra.txt").read_text()
+    for name in words[2:]:
+        if name == "-r":
+            assert (ROOT / words[words.index("-r") + 1]).exists()
+            break
+        if not name.startswith("-") and "://" not in name:
+            assert re.search(rf"^{re.escape(name.split('==')[0])}\b", known, re.MULTILINE), f"{name} is in no requirements file"
+
+
+def run_of_newest(words: list[str], project: Path) -> list[str]:
+    """out/RUN, the README's word for any run, is the first one made."""
+    runs = sorted((project / "out").glob("*/config.json"), key=os.path.getmtime)
+    return [re.sub(r"out/RUN\b", str(runs[0].parent.relative_to(project)), word) if runs else word for word in words]
+
+
+@pytest.mark.slow  # two dozen processes
+def test_every_command_runs(project, tmp_path):
+    failed, left_out = [], []
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "MPLCONFIGDIR": str(tmp_path)}
+    for command in commands():
+        words = shlex.split(command)
+        if words[:2] == ["pip", "install"]:
+            installs(words)
+            continue
+        if words[0] == "." or words[1:3] == ["-m", "venv"]:
+            continue  # the environment that runs this
+        missing = [package for part, package in NEEDS.items() if part in command and not importlib.util.find_spec(package)]
+        if missing or "HOST" in command or words[0] == "lm_eval":  # tests/test_hosts.py and test_export_hf.py run these
+            left_out.append(command)
+            continue
+        words = small(run_of_newest(words, project), project)
+        done = subprocess.run(words, cwd=project, env=environment, capture_output=True, text=True, timeout=300)
+        if done.returncode:
+            failed.append(f"{shlex.join(words)}\n{done.stdout[-500:]}{done.stderr[-1500:]}")
+    print(f"left out: {left_out}")
+    assert not failed, "\n\n".join(failed)
+
+
+def test_the_readme_names_what_is_there():
+    for path in re.findall(r"\]\(([^):]+)\)", README):
+        assert (ROOT / path).exists(), f"README links to {path}, which does not exist"
+    for name in re.findall(r"`(config/\w+\.py|tools/\w+\.\w+|data/[\w/]+\.py|tests/\w+\.py)`", README):
+        assert (ROOT / name).exists(), f"README names {name}, which does not exist"
