@@ -31,9 +31,13 @@ def load_model(path: Path) -> tuple[GPT, dict]:
     return model.eval(), state["config"]
 
 
+def data_folder(config: dict) -> Path:
+    return Path(config["data_dir"]) if config["data_dir"] else ROOT / "data" / config["dataset"]
+
+
 def tokenizer_of(config: dict):
     """The tokenizer of the data a run was trained on; GPT-2's for shards without a meta.json."""
-    folder = Path(config["data_dir"]) if config["data_dir"] else ROOT / "data" / config["dataset"]
+    folder = data_folder(config)
     if not folder.is_dir():
         fail(f"the run's data, {folder}, is not there, and its tokenizer with it: start from where the run was started")
     encoding = load_tokenizer(read_meta(folder).get("tokenizer", "gpt2"), folder)
