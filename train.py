@@ -54,6 +54,7 @@ class TrainConfig(GPTConfig):
     data_dir: str = ""  # another folder of shards, anywhere; empty: data/<dataset>
     out_dir: str = ""  # where the run goes; empty: out/<a name made of the settings>
     resume: str = "auto"  # auto: from the newest checkpoint of out_dir; never; or the path of a checkpoint
+    init_from: str = ""  # a checkpoint whose weights alone to begin with, where there is nothing to resume; empty: random
 
     # batch and schedule; a step is one update of the weights
     batch_size: int = 480  # sequences in a step, over all processes
@@ -467,7 +468,7 @@ def read_checkpoint(path: Path) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if wrong := [name for name, kind in CHECKPOINT_PARTS.items() if not isinstance(state.get(name), kind)]:
             raise ValueError(f"it lacks a proper {', '.join(wrong)}")
-        if state["step"] < 1 or path in checkpoints(path.parent) and int(path.stem[5:]) != state["step"]:
+        if state["step"] < 0 or path in checkpoints(path.parent) and int(path.stem[5:]) != state["step"]:
             raise ValueError(f"it holds step {state['step']}")
         return state
     except Exception as error:  # whatever a damaged file can cause
@@ -588,6 +589,8 @@ class Trainer:
         path, damaged = machine.from_main(lambda: find_checkpoint(self.out_dir, resume))
         if path:
             self.restore(path)
+        elif config.init_from:
+            self.load_weights(Path(config.init_from))
         self.on_disk(lambda: self.open_files(damaged), must=True)
         self.compiled = torch.compile(self.model) if config.compile else self.model
         self.parallel = self.compiled
@@ -602,6 +605,16 @@ class Trainer:
             path.rename(aside)
         write_whole(self.out_dir / "config.json", json.dumps(asdict(self.config), indent=1).encode() + b"\n")
         self.metrics = Metrics(self.out_dir / "metrics.jsonl", self.step)
+
+    def load_weights(self, path: Path):
+        try:
+            state, names = read_checkpoint(path), ("vocab_size", "n_layer", "n_head", "n_embd", "tie_weights")
+            if other := [f"{k}={state['config'].get(k)}" for k in names if state["config"].get(k) != getattr(self.config, k)]:
+                raise ValueError(f"it has {', '.join(other)}, this run not")
+            self.model.load_state_dict(state["model"])
+        except Exception as error:  # whatever a damaged or foreign file can cause
+            fail(f"init_from={path} cannot be begun with: {one_line(error)}")
+        self.machine.say(f"beginning with the weights of {path}")
 
     def restore(self, path: Path):
         try:
