@@ -1,7 +1,8 @@
-"""tools/export_hf and tools/import_hf: the same function, the same ids, in the real transformers; and train.py's init_from."""
+"""tools/export_hf and tools/import_hf: the same function, the same ids, in the real transformers."""
 
 import json
 import lzma
+import math
 import shutil
 import sys
 import unicodedata
@@ -14,7 +15,7 @@ import torch
 from data.prepare import GPT2_PATTERN, VOCABULARY_FILE, load_tokenizer
 from model import METHODS, GPT, GPTConfig
 from tests.conftest import ROOT, VOCAB, assert_same_bits, fails_in_one_line, tiny_arguments
-from train import Trainer, load_config, read_checkpoint, start_machine
+from train import read_checkpoint
 
 transformers = pytest.importorskip("transformers", reason="the Hugging Face export needs: pip install transformers")
 from safetensors.torch import load_file, save_file  # noqa: E402
@@ -285,42 +286,26 @@ def test_import_refuses_bad_paths_and_damaged_files(checkpoint, tmp_path, monkey
     assert not back.exists()
 
 
-# --- init_from
+# --- the evaluation harness
 
 
-@pytest.fixture
-def weights(tmp_path):
-    torch.manual_seed(5)
-    model = GPT(GPTConfig(vocab_size=VOCAB, block_size=64, n_layer=2, n_head=2, n_embd=32))
-    import_hf.save_weights(model, tmp_path / "weights.pt", "")
-    return model, tmp_path / "weights.pt"
-
-
-def test_a_run_begins_with_the_weights_and_goes_on_from_its_own(weights, data, tmp_path, train_here, capsys):
-    model, path = weights
-    arguments = tiny_arguments(data, tmp_path / "run", init_from=path)
-    trainer = Trainer(config := load_config(arguments), start_machine(config))
-    assert_same_bits(dict(trainer.model.state_dict()), dict(model.state_dict()))
-    assert trainer.step == 0 and not trainer.optimizer.state
-    trainer.run()
-    path.unlink()  # no longer needed
-    capsys.readouterr()
-    assert train_here([*arguments, "--max_steps=16"]).step == 16
-    assert "at step 12" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "change, says",
-    (
-        ({"vocab_size": VOCAB + 1}, f"vocab_size={VOCAB}"), ({"n_layer": 3}, "n_layer=2"), ({"n_embd": 64}, "n_embd=32"),
-        ({"n_head": 1}, "n_head=2"), ({"tie_weights": True}, "tie_weights=False"), ({"init_from": "none.pt"}, "none.pt"),
-    ),
-)  # fmt: skip
-def test_weights_of_another_model_are_refused(weights, data, tmp_path, train_here, capsys, change, says):
-    arguments = tiny_arguments(data, tmp_path / "run", **{"init_from": weights[1]} | change)
-    assert says in fails_in_one_line(capsys, train_here, arguments)
-    assert not (tmp_path / "run/config.json").exists()
-
-
-def test_weights_alone_are_no_run_to_resume(weights, data, tmp_path, train_here, capsys):
-    fails_in_one_line(capsys, train_here, tiny_arguments(data, tmp_path / "run", resume=weights[1]))
+@pytest.mark.slow
+def test_lm_eval_measures_what_we_do(checkpoint, tmp_path):
+    """The likelihood of a local task's documents, each after an end-of-text."""
+    lm_eval = pytest.importorskip("lm_eval", reason="this needs: pip install lm_eval[hf]")
+    export_hf.export(path := checkpoint(oec="mu_centering"), tmp_path / "out")
+    documents = [SOURCE[at : at + 100] for at in range(0, 2000, 100)]
+    (tmp_path / "documents.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    task = {
+        "task": "local", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "documents.jsonl")}},
+        "test_split": "test", "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "bits_per_byte"}],
+    }  # fmt: skip
+    results = lm_eval.simple_evaluate("hf", f"pretrained={tmp_path / 'out'}", tasks=[task], device="cpu", batch_size=4)
+    (ours, _), encoding, nats = load_model(path), load_tokenizer(str(STDLIB)), 0.0
+    for text in documents:
+        tokens = torch.tensor([[encoding.eot_token, *encoding.encode(text)]])
+        assert tokens.shape[1] <= 65
+        nats += torch.nn.functional.cross_entropy(all_logits(ours, tokens[:, :-1])[0], tokens[0, 1:], reduction="sum").item()
+    expected = nats / math.log(2) / len("".join(documents).encode())
+    assert results["results"]["local"]["bits_per_byte,none"] == pytest.approx(expected, rel=1e-5)

@@ -188,7 +188,7 @@ def test_curves_and_geometry_are_drawn(run_folder, tmp_path):
     assert "mu_ratio" in done.stdout
 
 
-@pytest.mark.parametrize("name", ("sample", "sweep", "plot", "bench"))
+@pytest.mark.parametrize("name", ("sample", "sweep", "plot", "bench", "export_hf", "import_hf"))
 def test_help(capsys, monkeypatch, name):
     monkeypatch.setattr(sys, "argv", [name, "--help"])
     with pytest.raises(SystemExit) as end:

@@ -11,9 +11,11 @@ import torch
 
 import train
 from data.shards import Loader, open_dataset, samples_of_process
+from model import GPT, GPTConfig
 from tests.conftest import (
     VOCAB, assert_same_bits, fails_in_one_line, metrics_of, run_command, tiny_arguments, tiny_folder,
 )  # fmt: skip
+from tools.import_hf import save_weights
 from train import Machine, TrainConfig, load_config, start_machine
 
 # --- configuration
@@ -375,3 +377,44 @@ def test_every_attention_backend_gives_the_same_loss():
             pass
     print(losses)
     assert len(losses) > 1 and max(losses.values()) - min(losses.values()) < 5e-3
+
+
+# --- init_from
+
+
+@pytest.fixture
+def weights(tmp_path):
+    torch.manual_seed(5)
+    model = GPT(GPTConfig(vocab_size=VOCAB, block_size=64, n_layer=2, n_head=2, n_embd=32))
+    save_weights(model, tmp_path / "weights.pt", "")
+    return model, tmp_path / "weights.pt"
+
+
+def test_a_run_begins_with_the_weights_and_goes_on_from_its_own(weights, data, tmp_path, train_here, capsys):
+    model, path = weights
+    arguments = tiny_arguments(data, tmp_path / "run", init_from=path)
+    trainer = train.Trainer(config := load_config(arguments), start_machine(config))
+    assert_same_bits(dict(trainer.model.state_dict()), dict(model.state_dict()))
+    assert trainer.step == 0 and not trainer.optimizer.state
+    trainer.run()
+    path.unlink()  # no longer needed
+    capsys.readouterr()
+    assert train_here([*arguments, "--max_steps=16"]).step == 16
+    assert "at step 12" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    (
+        ({"vocab_size": VOCAB + 1}, f"vocab_size={VOCAB}"), ({"n_layer": 3}, "n_layer=2"), ({"n_embd": 64}, "n_embd=32"),
+        ({"n_head": 1}, "n_head=2"), ({"tie_weights": True}, "tie_weights=False"), ({"init_from": "none.pt"}, "none.pt"),
+    ),
+)  # fmt: skip
+def test_weights_of_another_model_are_refused(weights, data, tmp_path, train_here, capsys, change, says):
+    arguments = tiny_arguments(data, tmp_path / "run", **{"init_from": weights[1]} | change)
+    assert says in fails_in_one_line(capsys, train_here, arguments)
+    assert not (tmp_path / "run/config.json").exists()
+
+
+def test_weights_alone_are_no_run_to_resume(weights, data, tmp_path, train_here, capsys):
+    fails_in_one_line(capsys, train_here, tiny_arguments(data, tmp_path / "run", resume=weights[1]))
