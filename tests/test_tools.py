@@ -185,7 +185,18 @@ def test_curves_and_geometry_are_drawn(run_folder, tmp_path):
     for arguments in ([run_folder], ["--geometry", run_folder]):
         done = tool("plot", *arguments, "--out", tmp_path / "figure")
         assert done.returncode == 0 and (tmp_path / "figure.svg").stat().st_size > 10_000, done.stderr
-    assert "mu_ratio" in done.stdout
+    assert "mu_ratio" in done.stdout and "logit_mean" in done.stdout
+
+
+@pytest.mark.skipif(not has_matplotlib, reason="figures need: pip install matplotlib")
+def test_scaling_is_drawn(tmp_path, refusal):
+    rows = [{"sweep": s, "size": n, "seconds": [1.0, 1.1], "tokens_per_second": 1000 / n} for s in ("vocab_size", "processes") for n in (1, 2, 4)]
+    rows = [row | ({"bytes": 2**20} if row["sweep"] == "vocab_size" else {}) for row in rows]
+    (tmp_path / "scaling.json").write_text(json.dumps({"scaling": rows}))
+    done = tool("plot", tmp_path / "scaling.json", "--out", tmp_path / "figure")
+    assert done.returncode == 0 and (tmp_path / "figure.svg").stat().st_size > 10_000, done.stderr
+    (tmp_path / "other.json").write_text("{}")
+    assert "other.json" in refusal("plot", tmp_path / "other.json")
 
 
 @pytest.mark.parametrize("name", ("sample", "sweep", "plot", "bench", "export_hf", "import_hf"))

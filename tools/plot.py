@@ -14,10 +14,12 @@ import math
 import statistics
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import oec
-from data.shards import fail
+from data.shards import fail, open_dataset
+from tools.sample import data_folder, load_model
 from tools.sweep import lr_sensitivity, read_sweep
 from train import checkpoints, one_line, read_checkpoint
 
@@ -214,21 +216,44 @@ def output_embedding(path: Path) -> tuple[torch.Tensor, int]:
     fail(f"{path} holds no output embedding under any of the names {', '.join(OUTPUT_EMBEDDINGS)}")
 
 
+@torch.no_grad()
+def logit_statistics(path: Path) -> list[dict[str, float]]:
+    """Mean, deviation and largest magnitude of a model's logits on its first validation windows, as stored and centred.
+    Nothing for a file of other people's, and where the run's data is not here."""
+    is_run = path.suffix == ".pt" or path.is_dir() and checkpoints(path)
+    if not is_run:
+        return [{}, {}]
+    model, config = load_model(path)
+    if not data_folder(config).is_dir():
+        print(f"{path}: no statistics of logits, since the run's data, {data_folder(config)}, is not there")
+        return [{}, {}]
+    _, val = open_dataset(data_folder(config), config["block_size"], config["vocab_size"])
+    tokens = torch.from_numpy(val.read(np.arange(min(16, len(val)))))
+    hidden = []
+    model.final_norm.register_forward_hook(lambda module, inputs, output: hidden.append(output))
+    model(tokens[:, :-1])
+    V, W = model.config.vocab_size, model.unembedding.weight
+    options = {"vocab_size": V, "soft_cap": model.config.logit_softcap}
+    both = [oec.unembedding_loss(hidden[0].flatten(0, 1), w, tokens[:, 1:].flatten(), **options)._asdict() for w in (W, oec.center(W, V))]
+    return [{name: parts[name].item() for name in ("logit_mean", "logit_std", "logit_absmax")} for parts in both]
+
+
 def draw_geometry(paths: list[Path], out: Path):
     plt = pyplot()
     table = {}
     for path in paths:
         W, V = output_embedding(path)
-        table[path] = oec.geometry(W, V), oec.geometry(oec.center(W.double(), V), V)
+        stored, centred = (oec.geometry(w, V) | logits for w, logits in zip((W, oec.center(W.double(), V)), logit_statistics(path)))
+        table[path] = stored, centred
         print(f"{path}: {V:,} × {W.shape[1]}")
-        for name in table[path][0]:
-            print(f"  {name:12s} {table[path][0][name]:12.5g}   centred {table[path][1][name]:12.5g}")
-    names = list(next(iter(table.values()))[0])
+        for name in stored:
+            print(f"  {name:12s} {stored[name]:12.5g}   centred {centred[name]:12.5g}")
+    names = list(dict.fromkeys(name for stored, _ in table.values() for name in stored))
     figure, axes = plt.subplots(1, len(names), figsize=(2.2 * len(names), 0.5 + 0.6 * len(table)), sharey=True)
     for name, axis in zip(names, axes):
         for place, (before, after) in enumerate(table.values()):
-            axis.barh(place - 0.2, before[name], 0.36, color="#222222", label="as stored" if place == 0 else None)
-            axis.barh(place + 0.2, after[name], 0.36, color="white", edgecolor="#222222", hatch="///", label="centred" if place == 0 else None)
+            axis.barh(place - 0.2, before.get(name, 0), 0.36, color="#222222", label="as stored" if place == 0 else None)
+            axis.barh(place + 0.2, after.get(name, 0), 0.36, color="white", edgecolor="#222222", hatch="///", label="centred" if place == 0 else None)
         axis.set_title(name, loc="left", fontsize=9)
         axis.set_yticks(range(len(table)), [f"{path.parent.name}/{path.name}" for path in table], fontsize=7)
     axes[-1].legend(fontsize=7)
