@@ -609,8 +609,9 @@ class Trainer:
     def load_weights(self, path: Path):
         try:
             state, names = read_checkpoint(path), ("vocab_size", "n_layer", "n_head", "n_embd", "tie_weights")
-            if other := [f"{k}={state['config'].get(k)}" for k in names if state["config"].get(k) != getattr(self.config, k)]:
-                raise ValueError(f"it has {', '.join(other)}, this run not")
+            pairs = [(name, state["config"].get(name), getattr(self.config, name)) for name in names]
+            if other := [f"{name}={its}, here {ours}" for name, its, ours in pairs if its != ours]:
+                raise ValueError(f"it has {'; '.join(other)}")
             self.model.load_state_dict(state["model"])
         except Exception as error:  # whatever a damaged or foreign file can cause
             fail(f"init_from={path} cannot be begun with: {one_line(error)}")

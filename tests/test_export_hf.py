@@ -43,7 +43,8 @@ def checkpoint(tmp_path):
                 if parameter.ndim == 1:
                     parameter.normal_(1, 0.3)
             model.unembedding.weight.add_(torch.randn(64))
-        import_hf.save_weights(model, tmp_path / name, str(tmp_path / ("data" if model.config.vocab_size == 4096 else "raw")))
+        data = tmp_path / ("data" if model.config.vocab_size == 4096 else "raw")
+        import_hf.save_weights(model, tmp_path / name, str(data))
         return tmp_path / name
 
     return make
@@ -105,8 +106,10 @@ def assert_same_ids(theirs, encoding, text):
 
 
 def odd_texts():
-    yield from ("", " ", "<|endoftext|>", "a<|endoftext|>\n\n<|endoftext|> b", "<|endof", "ÅÄÖ ﬁ 你好，世界 नमस्ते 👩‍👩‍👧‍👦 e\u0301 \u200f", "1234567 12 3½ ²")
-    yield from ("I'll we'VE 'S it''s", "\r\n\r\n\t \t\n  x   \n", " " * 500 + "x" + "\n" * 70, "\u00a0\u2003\u3000\x85\x1c\x0b x", "a" * 300, "\0\x7f\ufffd")
+    yield from ("", " ", "<|endoftext|>", "a<|endoftext|>\n\n<|endoftext|> b", "<|endof", "1234567 12 3½ ²")
+    yield from ("ÅÄÖ ﬁ 你好，世界 नमस्ते 👩‍👩‍👧‍👦 e\u0301 \u200f")
+    yield from ("a" * 300, "\0\x7f\ufffd", " " * 500 + "x" + "\n" * 70)
+    yield from ("I'll we'VE 'S it''s", "\r\n\r\n\t \t\n  x   \n", "\u00a0\u2003\u3000\x85\x1c\x0b x")
     assigned = [c for c in map(chr, range(0x110000)) if unicodedata.category(c) not in ("Cn", "Co", "Cs")]
     for first in range(0, len(assigned), 10_000):  # every character there is, between letters and spaces
         yield "".join(f"{c}a {c}" for c in assigned[first : first + 10_000])
@@ -131,8 +134,14 @@ def test_ids_of_gpt2(shared, checkpoint, tmp_path):
 
 
 # As the encodings of OpenAI's later models have them: possessive quantifiers, cased letters, ids with gaps between.
-POSSESSIVE = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
-CASED = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t)?|\p{N}{1,3}|\p{L}+| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+POSSESSIVE = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+"
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+)
+CASED = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t)?"
+    r"|\p{N}{1,3}|\p{L}+| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 @pytest.mark.parametrize("pattern", (POSSESSIVE, CASED))
@@ -149,7 +158,8 @@ def test_ids_of_other_patterns_and_of_ids_with_gaps(tmp_path, pattern):
 
 def test_a_pattern_that_would_be_read_differently_is_refused(capsys):
     ranks = load_tokenizer(str(STDLIB))._mergeable_ranks
-    encoding = tiktoken.Encoding("odd", pat_str=r"\p{N}{1,2}+|" + GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 4095})
+    pattern, special_tokens = r"\p{N}{1,2}+|" + GPT2_PATTERN, {"<|endoftext|>": 4095}
+    encoding = tiktoken.Encoding("odd", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
     assert "odd cannot be exported" in fails_in_one_line(capsys, export_hf.tokenizer_files, encoding, 64)
 
 
@@ -160,7 +170,8 @@ def test_a_pattern_that_would_be_read_differently_is_refused(capsys):
 def test_weights_come_back_bit_for_bit(checkpoint, tmp_path, monkeypatch, tied):
     path = checkpoint(tie_weights=tied, vocab_size=300)
     export_hf.export(path, tmp_path / "out")
-    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "saved", max_shard_size="100KB")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    theirs.save_pretrained(tmp_path / "saved", max_shard_size="100KB")
     assert len(list((tmp_path / "saved").glob("*.safetensors"))) > 1
     for folder in ("out", "saved"):
         run_import(monkeypatch, tmp_path / folder, tmp_path / f"{folder}.pt")
@@ -191,8 +202,8 @@ def test_export_refuses_in_one_line(checkpoint, tmp_path, capsys):
     alien, damaged, capped = tmp_path / "alien.pt", tmp_path / "damaged.pt", checkpoint("capped.pt", logit_softcap=30.0)
     torch.save({"weights": torch.zeros(3)}, alien)
     damaged.write_bytes(path.read_bytes()[:-100])
-    cases = {alien: "no whole checkpoint", damaged: "no whole checkpoint", capped: "logit_softcap=30", tmp_path / "none": "none", tmp_path: "ckpt_"}
-    for bad, says in cases.items():
+    cases = {alien: "no whole checkpoint", damaged: "no whole checkpoint", capped: "logit_softcap=30"}
+    for bad, says in (cases | {tmp_path / "none": "none", tmp_path: "ckpt_"}).items():
         assert says in fails_in_one_line(capsys, export_hf.export, bad, out)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes").write_text("mine")
@@ -222,7 +233,8 @@ def test_an_export_that_the_disk_refuses_leaves_nothing(checkpoint, tmp_path):
 CONFIG_CHANGES = {
     "model_type": "llama", "num_key_value_heads": 2, "use_parallel_residual": True, "qk_layernorm": False, "use_qkv_bias": True,
     "hidden_act": "gelu", "layer_norm_eps": 1e-6, "intermediate_size": 200, "hidden_size": 66, "num_hidden_layers": "two",
-    "rope_parameters": {"rope_type": "default", "rope_theta": 5e5, "partial_rotary_factor": 0.5}, "vocab_size": 299, "num_attention_heads": 3,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5e5, "partial_rotary_factor": 0.5}, "vocab_size": 299,
+    "num_attention_heads": 3,
 }  # fmt: skip
 
 
@@ -235,7 +247,10 @@ def test_import_refuses_another_architecture(checkpoint, tmp_path, monkeypatch, 
         config["rope_theta"] = changed["rope_theta"]
     (tmp_path / "out/config.json").write_text(json.dumps(config | {name: changed}))
     message = fails_in_one_line(capsys, run_import, monkeypatch, tmp_path / "out", tmp_path / "back.pt")
-    says = {"model_type": "llama", "hidden_size": "n_embd=66", "num_attention_heads": "num_key_value_heads=4", "vocab_size": "(299, 64)", "rope_parameters": "rope"}
+    says = {
+        "model_type": "llama", "hidden_size": "n_embd=66", "num_attention_heads": "num_key_value_heads=4",
+        "vocab_size": "(299, 64)", "rope_parameters": "rope",
+    }  # fmt: skip
     assert says.get(name, name) in message and not (tmp_path / "back.pt").exists()
 
 

@@ -41,7 +41,7 @@ def export(checkpoint: str | Path, out_dir: str | Path):
             fail(f"{out_dir} is there already: choose another folder")
         model, run = load_model(Path(checkpoint))
         if model.config.logit_softcap:
-            fail(f"{checkpoint} caps its logits (logit_softcap={model.config.logit_softcap:g}), which StableLM cannot: it has no export")
+            fail(f"{checkpoint} caps its logits (logit_softcap={model.config.logit_softcap:g}), which StableLM cannot: no export")
         encoding = known_tokenizer(run)
         config = stablelm_config(model.config, encoding and encoding.eot_token)
         weights = stablelm_weights(model)
@@ -50,16 +50,22 @@ def export(checkpoint: str | Path, out_dir: str | Path):
         files = {"model.safetensors": safetensors.torch.save(tensors, {"format": "pt"}), "config.json": as_json(config)}
         if encoding:
             files |= tokenizer_files(encoding, model.config.block_size)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
-            whole = Path(temporary, "whole")
-            whole.mkdir()
-            for name, content in files.items():
-                write_whole(whole / name, content)
-            whole.rename(out)
+        write_folder(out, files)
     except OSError as error:
         fail(f"{out_dir} cannot be written: {error.strerror or error}")
-    print(f"{out_dir}: {len(tensors)} tensors, " + (f"tokenizer {encoding.name}" if encoding else "no tokenizer, since the run's data names none"))
+    tokenizer = f"tokenizer {encoding.name}" if encoding else "no tokenizer, since the run's data names none"
+    print(f"{out_dir}: {len(tensors)} tensors, {tokenizer}")
+
+
+def write_folder(out: Path, files: dict[str, bytes]):
+    """Whole or not at all: written beside `out` and renamed, which fails where something stands there by then."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
+        whole = Path(temporary, "whole")
+        whole.mkdir()
+        for name, content in files.items():
+            write_whole(whole / name, content)
+        whole.rename(out)
 
 
 def as_json(value: dict) -> bytes:
@@ -129,7 +135,7 @@ def stablelm_weights(model: GPT) -> dict[str, Tensor]:
 
 def has_bias(name: str) -> bool:
     """Of StableLM's weights, those with a bias beside them: the norms on the residual stream. Ours is zero."""
-    return name.endswith(("norm.weight", "layernorm.weight"))
+    return name.endswith("norm.weight")
 
 
 # --- the tokenizer -------------------------------------------------------------------------------
@@ -151,7 +157,7 @@ def tokenizer_files(encoding: tiktoken.Encoding, block_size: int) -> dict[str, b
     random.Random(0).shuffle(ids)
     text = encoding.decode_bytes(ids).decode(errors="replace")
     if tokenizer.encode(text).ids != encoding.encode(text, allowed_special="all"):
-        fail(f"the tokenizer {encoding.name} cannot be exported: the package tokenizers cuts text otherwise than its pattern {encoding._pat_str}")
+        fail(f"the tokenizer {encoding.name} cannot be exported: tokenizers reads its pattern otherwise: {encoding._pat_str}")
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": END_OF_TEXT,
