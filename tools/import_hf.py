@@ -23,6 +23,7 @@ from train import TrainConfig, one_line, write_whole
 
 # Of config.json, what does not change the function.
 OF_NO_MATTER = ("architectures", "torch_dtype", "bos_token_id", "eos_token_id")
+SIZES = ("vocab_size", "max_position_embeddings", "num_hidden_layers", "num_attention_heads", "hidden_size")
 
 
 def read_config(folder: Path) -> GPTConfig:
@@ -33,6 +34,8 @@ def read_config(folder: Path) -> GPTConfig:
     try:
         kind = json.loads(path.read_bytes())["model_type"]
         theirs = StableLmConfig.from_pretrained(folder).to_dict() if kind == "stablelm" else {}
+        if wrong := [name for name in SIZES if name in theirs and type(theirs[name]) is not int]:
+            raise ValueError(f"{wrong[0]} must be a whole number")
     except Exception as error:  # whatever a damaged or foreign file can cause
         fail(f"{path} cannot be read: {one_line(error)}")
     if kind != "stablelm":
