@@ -12,7 +12,8 @@ import pytest
 import tiktoken
 import torch
 
-from data.prepare import GPT2_PATTERN, VOCABULARY_FILE, load_tokenizer
+from data.partial import VOCABULARY_FILE
+from data.prepare import GPT2_PATTERN, load_tokenizer
 from model import METHODS, GPT, GPTConfig
 from tests.conftest import ROOT, VOCAB, assert_same_bits, fails_in_one_line, tiny_arguments
 from train import read_checkpoint
