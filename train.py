@@ -27,6 +27,7 @@ import zipfile
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
+from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from types import ModuleType
@@ -76,6 +77,8 @@ class TrainConfig(GPTConfig):
     eval_interval: int = 1_000  # steps between evaluations; 0: only at the end
     eval_sequences: int = 480  # validation windows of an evaluation, always the same ones
     checkpoint_interval: int = 0  # steps between checkpoints; 0: at every evaluation
+    tensorboard: bool = False  # what metrics.jsonl is given, to TensorBoard too: tensorboard --logdir out
+    wandb_project: str = ""  # and to this project of Weights & Biases; empty: none
 
     # the machine
     device: str = "auto"  # auto, cpu or cuda
@@ -176,6 +179,9 @@ def check_config(config: TrainConfig):
         fail(f"warmup_steps={config.warmup_steps} must be below max_steps={config.max_steps}")
     if config.eval_interval and config.checkpoint_interval % config.eval_interval:
         fail(f"checkpoint_interval={config.checkpoint_interval} must be a multiple of eval_interval={config.eval_interval}")
+    for package, is_wanted in {"tensorboard": config.tensorboard, "wandb": config.wandb_project}.items():
+        if is_wanted and getattr(find_spec(package), "origin", None) is None:  # a mere folder of that name has none
+            fail(f"{package} is not installed: pip install {package}, or leave its setting out")
     together = config.micro_batch_size * int(os.environ.get("WORLD_SIZE", 1))
     if config.batch_size % together:
         fail(
@@ -365,7 +371,7 @@ def open_out_dir(config: TrainConfig) -> tuple[Path, str]:
     if resume not in ("auto", "never") and has_checkpoint:
         fail(f"{out_dir} holds checkpoints of its own: give --resume={resume} another --out_dir")
     for path in out_dir.glob("*.tmp"):
-        if re.fullmatch(r"(ckpt_\d+\.pt|config\.json|metrics\.jsonl)\.tmp", path.name):
+        if re.fullmatch(r"(ckpt_\d+\.pt|config\.json|metrics\.jsonl|wandb_id)\.tmp", path.name):
             path.unlink()
     return out_dir, resume
 
@@ -432,6 +438,36 @@ class Metrics:
             self.file.truncate(self.size)
             raise
         self.size, self.pending = self.size + len(self.pending), b""
+
+
+def open_trackers(config: TrainConfig, out_dir: Path, step: int) -> list:
+    """Functions of (values, step) that show them elsewhere, on the curves of the process that the run goes on from."""
+    trackers = []
+    if config.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(out_dir, purge_step=step + 1)  # what it showed beyond the checkpoint is shown again
+
+        def show(values: dict, step: int):
+            nonlocal writer
+            writer, working = None, writer or SummaryWriter(out_dir)  # one that the disk refused takes nothing more
+            for name, value in values.items():
+                working.add_scalar(name, value, step)
+            working.flush()  # or a kill would take what waits
+            writer = working
+
+        trackers.append(show)
+    if config.wandb_project:
+        import wandb
+
+        if not (out_dir / "wandb_id").exists():
+            write_whole(out_dir / "wandb_id", os.urandom(4).hex().encode())
+        settings = {"name": out_dir.name, "id": (out_dir / "wandb_id").read_text(), "dir": out_dir, "config": asdict(config)}
+        try:
+            trackers.append(wandb.init(project=config.wandb_project, resume="allow", **settings).log)
+        except (wandb.Error, ValueError) as error:
+            fail(f"wandb_project={config.wandb_project} cannot be opened: {one_line(error)} (or WANDB_MODE=offline)")
+    return trackers
 
 
 # --- checkpoints ---------------------------------------------------------------------------------
@@ -605,6 +641,7 @@ class Trainer:
             path.rename(aside)
         write_whole(self.out_dir / "config.json", json.dumps(asdict(self.config), indent=1).encode() + b"\n")
         self.metrics = Metrics(self.out_dir / "metrics.jsonl", self.step)
+        self.trackers = open_trackers(self.config, self.out_dir, self.step)
 
     def load_weights(self, path: Path):
         try:
@@ -740,7 +777,14 @@ class Trainer:
 
     def write_metrics(self, split: str, values: dict):
         tokens = self.step * self.config.batch_size * self.config.block_size
-        self.on_disk(lambda: self.metrics.write(split=split, step=self.step, tokens=tokens, **values))
+        values = {"tokens": tokens, **values}
+
+        def write():
+            self.metrics.write(split=split, step=self.step, **values)
+            for track in self.trackers:
+                track({f"{split}/{name}": value for name, value in values.items()}, self.step)
+
+        self.on_disk(write)
 
     def evaluate(self, may_be_best: bool):
         values = evaluate(self.compiled, self.val_data, self.config, self.machine) | mu_metrics(self.model)

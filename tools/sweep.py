@@ -41,7 +41,7 @@ COLUMNS = (
     "mean_log_z_squared seconds_per_step seconds initial_loss"
 ).split()
 # What a cell sets by itself, and what does not make another experiment.
-OF_THE_CELL = {*WEIGHT_OF.values(), "oec", "learning_rate", "seed", "out_dir", "resume"}
+OF_THE_CELL = {*WEIGHT_OF.values(), "oec", "learning_rate", "seed", "out_dir", "resume", "tensorboard", "wandb_project"}
 
 
 def lr_sensitivity(losses, initial_loss: float) -> float:
@@ -110,12 +110,12 @@ def open_sweep(out: Path, config: TrainConfig) -> list[dict]:
             if any(out.iterdir()):
                 fail(f"{out} is not empty and holds no sweep: choose another --out")
             write_whole(path, json.dumps(settings, indent=1).encode() + b"\n")
-        earlier = json.loads(path.read_text())
+        earlier = asdict(TrainConfig()) | json.loads(path.read_text())  # settings that are newer than the folder
         if changed := [f"{k} was {earlier.get(k)!r}, is {v!r}" for k, v in settings.items() if earlier.get(k) != v]:
             fail(f"{out} holds another sweep: {'; '.join(changed)}; set it back, or choose another --out")
     except OSError as error:
         fail(f"{out} cannot be written: {error.strerror}; choose another --out")
-    except (ValueError, AttributeError):
+    except (ValueError, TypeError):
         fail(f"{out}/sweep.json is damaged: restore it, or choose another --out")
     return read_sweep(out / "sweep.csv") if (out / "sweep.csv").exists() else []
 
