@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import oec
 
@@ -29,6 +30,7 @@ class GPTConfig:
     n_head: int = 12  # attention heads in a block
     n_embd: int = 768  # width of the residual stream
     tie_weights: bool = False  # one matrix for input embedding and unembedding
+    activation_checkpointing: bool = False  # keep only each block's input, compute the rest again in backward: less memory
 
     # the method (oec.py); all combine freely
     oec: str = "none"  # none, mu_loss, mu_centering (in the forward pass), mu_centering_step (after each step)
@@ -158,7 +160,10 @@ class GPT(nn.Module):
         rotation = self.cos[:T], self.sin[:T]
         x = self.embedding(tokens)  # (B, T, d)
         for block in self.blocks:
-            x = block(x, rotation)
+            if config.activation_checkpointing and torch.is_grad_enabled():  # no dropout, so no random state to keep
+                x = checkpoint(block, x, rotation, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, rotation)
         hidden = self.final_norm(x)
 
         W = self.output_embedding()  # (padded_vocab_size, d)

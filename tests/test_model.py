@@ -141,6 +141,28 @@ def test_centring_in_the_forward_pass_and_after_the_step_are_one_trajectory():
     torch.testing.assert_close(a.blocks[0].mlp.up.weight, b.blocks[0].mlp.up.weight, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("compiled", (False, pytest.param(True, marks=pytest.mark.slow)))
+def test_activation_checkpointing_changes_no_result(dtype, compiled):
+    """Eager: bit for bit. Compiled: other operations are fused, so up to the rounding of the dtype. Less is kept."""
+    results = []
+    for is_on in (False, True):
+        torch._dynamo.reset()
+        model = make(oec="mu_centering", activation_checkpointing=is_on)
+        kept = []
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+                loss, _ = (torch.compile(model) if compiled else model)(*batch())
+        loss.backward()
+        results.append((loss.detach(), sum(kept), torch.cat([p.grad.flatten() for p in model.parameters()])))
+    (loss, kept, gradient), (loss_again, kept_again, gradient_again) = results
+    if not compiled:
+        assert torch.equal(loss, loss_again) and torch.equal(gradient, gradient_again) and kept_again < kept
+    rounding = torch.finfo(dtype).eps
+    torch.testing.assert_close(loss, loss_again, rtol=4 * rounding, atol=0)
+    assert (gradient - gradient_again).norm() <= 4 * rounding * gradient.norm()
+
+
 def test_padding_rows_never_count():
     for method in ("none", "mu_loss", "mu_centering", "mu_centering_step"):
         results = []

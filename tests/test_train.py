@@ -252,6 +252,19 @@ def test_one_process_and_two_are_one_run(data, tmp_path):
     assert np.abs(losses[0] - losses[1]).max() <= 1e-5
 
 
+@pytest.mark.parametrize("compiled", (False, pytest.param(True, marks=pytest.mark.slow)))
+def test_two_processes_that_checkpoint_activations_learn_the_same(data, tmp_path, compiled):
+    """With two passes a step, so that gradients are averaged in the last one alone."""
+    losses = []
+    for is_on in (False, True):
+        out = tmp_path / str(is_on)
+        options = {"max_steps": 6, "activation_checkpointing": is_on, "compile": compiled, "batch_size": 16}
+        done = run_command(tiny_arguments(data, out, **options), processes=2, timeout=600)
+        assert done.returncode == 0, done.stderr
+        losses.append([x["loss"] for x in metrics_of(out)])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5) if compiled else losses[0] == losses[1]
+
+
 def test_a_non_finite_step_is_left_out(data, tmp_path, train_here, monkeypatch):
     """Neither parameters nor moments nor Adam's step count see it; it is counted."""
     original, seen = train.Trainer.update, []

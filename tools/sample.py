@@ -23,7 +23,7 @@ def load_model(path: Path) -> tuple[GPT, dict]:
         path = found[-1]
     try:
         state = read_checkpoint(path)
-        config = {name: state["config"][name] for name in GPTConfig.__dataclass_fields__}
+        config = {name: state["config"][name] for name in GPTConfig.__dataclass_fields__ if name in state["config"]}
         model = GPT(GPTConfig(**config))
         model.load_state_dict(state["model"])
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
