@@ -199,7 +199,7 @@ def test_scaling_is_drawn(tmp_path, refusal):
     assert "other.json" in refusal("plot", tmp_path / "other.json")
 
 
-@pytest.mark.parametrize("name", ("sample", "sweep", "plot", "bench", "export_hf", "import_hf"))
+@pytest.mark.parametrize("name", ("sample", "sweep", "plot", "bench", "memory", "export_hf", "import_hf"))
 def test_help(capsys, monkeypatch, name):
     monkeypatch.setattr(sys, "argv", [name, "--help"])
     with pytest.raises(SystemExit) as end:

@@ -1,0 +1,108 @@
+"""How much memory a training step needs, from the settings alone, and how large a micro-batch fits where.
+
+    python -m tools.memory config/gpt2_124m.py config/paper_221m.py
+    python -m tools.memory config/gpt2_124m.py --n_layer=48 --activation_checkpointing=True
+
+A row for each config file, the settings after them for all. What is counted are tensors: 16 bytes a parameter, the
+activations that the backward pass waits for, the unembedding. Not counted: the CUDA context and what the allocator loses
+to gaps (1 to 2 GB in all: the table leaves 10% free), DDP's buckets (4 bytes a parameter more on several GPUs), and
+compiling, which on a CPU leaves some 0.3 GB in the process. The model is measured on CPUs (tests/test_memory.py).
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import oec
+from data.shards import fail
+from model import GPT
+from train import TrainConfig, load_config
+
+CARDS = (24, 40, 80, 141)  # GB, 10⁹ bytes
+
+
+def activation_bytes(config: TrainConfig, low: int) -> int:
+    """Kept for the backward pass, per token and block; `low` is the bytes of a number in a matrix product.
+
+    kept (d wide, but h in the SwiGLU)                       eager                     compiled
+    -------------------------------------------------------  ------------------------  ---------------------------------
+    both norms' inputs, the residual stream                  2 d, float32              2 d, float32
+    queries, keys and values; normed, rotated queries, keys  3 d + 2 d                 3 d + 2 d (and, float32, 2 d more)
+    attention's output, the products' normed inputs          3 d (autocast: 4 d)       3 d
+    gate, its silu, up, their product                        4 h                       3 h: the silu is computed again
+    means and deviations of the norms, log Z of each head    4 + 5 per head, float32   the same
+    """
+    d, h, statistics = config.n_embd, config.mlp_hidden_size, 4 * (4 + 5 * config.n_head)
+    if config.compile:
+        return 8 * d + low * ((8 if low == 2 else 10) * d + 3 * h) + statistics
+    return 8 * d + low * ((9 if low == 2 else 8) * d + 4 * h) + statistics
+
+
+def step_bytes(config: TrainConfig, device: str, low: int, processes: int = 1) -> int:
+    """The peak of a training step of one process, in bytes: the largest of four moments."""
+    with torch.device("meta"):
+        model = GPT(config)
+    d, rows, tokens = config.n_embd, config.padded_vocab_size, config.micro_batch_size * config.block_size
+    parameters, block = model.num_parameters(), sum(p.numel() for p in model.blocks[0].parameters())
+    matrix = 4 * rows * d  # the unembedding's, in float32
+    accumulates = config.batch_size > config.micro_batch_size * processes
+    # Weights and AdamW's two moments; gradients that earlier passes have left; low-precision copies of the blocks' weights.
+    always = 12 * parameters + (4 * parameters if accumulates else 0)
+    copies = low * config.n_layer * block if low < 4 else 0
+
+    one_block = activation_bytes(config, low) * tokens
+    kept = 4 * d * tokens if config.activation_checkpointing else one_block
+    hidden = (4 + low) * d * tokens + 40 * tokens  # the last norm's input and output; tokens, targets, statistics
+    activations = config.n_layer * kept + hidden
+    again = one_block if config.activation_checkpointing else 0
+
+    chunks = -(-tokens // max(oec.CHUNK_ROWS, oec.CHUNK_ELEMENTS[device] // rows))
+    chunk = -(-tokens // chunks) * rows * (low if config.compile else low + 17 + (4 if low < 4 else 0))
+    centred = matrix if config.oec == "mu_centering" else 0
+    low_matrices = 2 * low * rows * d if low < 4 else 0  # the weight, and a chunk's part of its gradient
+    in_block = tokens * (3 * low * config.mlp_hidden_size + 8 * d)  # gradients on their way through one block
+    moments = (
+        always + copies + activations + low * d * tokens + matrix + centred + low_matrices + chunk,  # the loss is computed
+        always + copies + activations + low * d * tokens + 2 * matrix + 2 * centred,  # its gradient is scaled
+        always + copies + activations + matrix + again + in_block,  # the last block's backward pass
+        16 * parameters + kept + again + in_block,  # the first block's: all gradients are there
+    )
+    return max(moments)
+
+
+def largest_micro_batch(config: TrainConfig, capacity: float, device: str, low: int) -> int:
+    """The most sequences that fit; 0 where not even one does. The step is taken to accumulate gradients."""
+    fits = lambda n: step_bytes(replace(config, micro_batch_size=n, batch_size=2 * n), device, low) <= capacity
+    most = 1
+    while fits(most):
+        most *= 2
+    least = most // 2
+    while most - least > 1:
+        middle = (least + most) // 2
+        least, most = (middle, most) if fits(middle) else (least, middle)
+    return least
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("files", nargs="*", type=Path, metavar="CONFIG.py", help="a row each, and one with checkpointing on")
+    options, settings = parser.parse_known_args()
+    if not options.files:
+        fail("name at least one config file, like config/gpt2_124m.py")
+    configs = [(file.stem, load_config([str(file), *settings])) for file in options.files]
+    header = ["", "activation checkpointing", "MB a sequence", *(f"sequences in {card} GB" for card in CARDS)]
+    print("| " + " | ".join(header) + " |\n" + "| --- " * len(header) + "|")
+    for name, config in configs:
+        low = 4 if config.dtype == "float32" else 2
+        for is_on in sorted({config.activation_checkpointing, True}):
+            config = replace(config, activation_checkpointing=is_on)
+            few, many = (step_bytes(replace(config, micro_batch_size=n, batch_size=2 * n), "cuda", low) for n in (32, 64))
+            sizes = [largest_micro_batch(config, 0.9e9 * card, "cuda", low) for card in CARDS]
+            cells = [name, "on" if is_on else "off", f"{(many - few) / 32e6:,.0f}", *map(str, sizes)]
+            print("| " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
