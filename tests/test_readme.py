@@ -1,6 +1,7 @@
 """Every command of the README, read from it and run on small real things in a copy of the project."""
 
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, VOCAB, tiny_folder
+from model import GPTConfig
+from tests.conftest import ROOT, VOCAB, metrics_of, run_command, tiny_folder
+from train import TrainConfig
 
 README = (ROOT / "README.md").read_text()
 # Said after the README's own words, where the last one wins: a run of seconds.
@@ -111,8 +114,45 @@ def test_every_command_runs(project, tmp_path):
     assert not failed, "\n\n".join(failed)
 
 
+def settings_table() -> str:
+    """The README's table of settings, from the comments beside them in the code."""
+    rows = []
+    for line in (inspect.getsource(GPTConfig) + inspect.getsource(TrainConfig)).splitlines():
+        if setting := re.fullmatch(r"    (\w+): (\w+) = (.*?)  # (.*)", line):
+            name, kind, default, says = setting.groups()
+            default = default if kind == "str" else default.replace("_", "")
+            says = says.replace("*", "\\*").replace("<", "\\<")
+            rows.append(f"| `{name}` | `{default}` | {says} |")
+        elif title := re.fullmatch(r"    # (.*?)(;.*)?", line):
+            rows.append(f"| **{title[1]}** | | |")
+    return "\n".join(rows)
+
+
+def test_the_table_of_settings_is_the_code_s():
+    assert settings_table() in README, f"README's table of settings is to be:\n{settings_table()}"
+
+
+def test_the_example_of_a_remedy_of_ones_own_works(project):
+    """The lines of the section Hacking, put where it says."""
+    formula, call = re.findall(r"```python\n(.*?)```", README.split("\n## Hacking\n")[1].split("\n## ")[0], re.DOTALL)
+    oec, model = (project / "oec.py").read_text(), (project / "model.py").read_text()
+    (project / "oec.py").write_text(f"{oec}\n\n{formula}")
+    model = model.replace('METHODS = ("none",', 'METHODS = ("norm_loss", "none",')
+    (project / "model.py").write_text(model.replace("        return loss, metrics |", f"{call}        return loss, metrics |"))
+    words = [*TINY, f"--data_dir={project / 'tiny'}", f"--vocab_size={VOCAB}", "--oec=norm_loss", f"--out_dir={project / 'own'}"]
+    try:
+        done = run_command(["config/quick.py", *words], cwd=project, script=project / "train.py")
+    finally:
+        (project / "oec.py").write_text(oec)
+        (project / "model.py").write_text(model.replace('("norm_loss", ', "("))
+    assert done.returncode == 0, done.stderr
+    assert metrics_of(project / "own")[-1]["norm_loss"] > 0
+
+
 def test_the_readme_names_what_is_there():
-    for path in re.findall(r"\]\(([^):]+)\)", README):
+    for title in re.findall(r"\]\(#([\w-]+)\)", README):
+        assert re.search(rf"^## {title.replace('-', ' ')}$", README, re.MULTILINE | re.IGNORECASE), f"README has no section {title}"
+    for path in re.findall(r"\]\(([^):#]+)\)", README):
         assert (ROOT / path).exists(), f"README links to {path}, which does not exist"
     for name in re.findall(r"`(config/\w+\.py|tools/\w+\.\w+|data/[\w/]+\.py|tests/\w+\.py)`", README):
         assert (ROOT / name).exists(), f"README names {name}, which does not exist"
