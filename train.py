@@ -462,7 +462,7 @@ def open_trackers(config: TrainConfig, out_dir: Path, step: int) -> list:
 
         if not (out_dir / "wandb_id").exists():
             write_whole(out_dir / "wandb_id", os.urandom(4).hex().encode())
-        settings = {"name": out_dir.name, "id": (out_dir / "wandb_id").read_text(), "dir": out_dir, "config": asdict(config)}
+        settings = {"name": out_dir.resolve().name, "id": (out_dir / "wandb_id").read_text(), "dir": out_dir, "config": asdict(config)}
         try:
             trackers.append(wandb.init(project=config.wandb_project, resume="allow", **settings).log)
         except (wandb.Error, ValueError) as error:

@@ -1,4 +1,4 @@
-"""tools/memory.py against processes: the memory a training step takes, beyond what the imports took."""
+"""tools/memory.py against processes: the memory that a training step of the trainer takes."""
 
 import json
 import os
@@ -15,6 +15,7 @@ from train import load_config
 MEASURE = """
 import json, sys
 from dataclasses import replace
+from itertools import accumulate
 import torch
 from data.shards import Loader, samples_of_process
 from model import GPT
@@ -25,7 +26,7 @@ config = load_config(json.loads(sys.argv[1]))
 machine = start_machine(config)
 tiny = GPT(replace(config, n_layer=1, n_head=1, n_embd=16, vocab_size=128, block_size=8))
 with machine.autocast():
-    (torch.compile(tiny) if config.compile else tiny)(*torch.zeros(2, 1, 8, dtype=torch.int64))[0].backward()
+    tiny(*torch.zeros(2, 1, 8, dtype=torch.int64))[0].backward()
 make_optimizer(tiny, config).step()
 before = resident()["VmRSS:"]
 
@@ -33,8 +34,12 @@ trainer = Trainer(config, machine)
 samples = samples_of_process(0, 10, config.batch_size, config.micro_batch_size, 0, 1)
 batches = iter(Loader(trainer.train_data, samples, 0, machine.device))
 trainer.update(batches)
-if config.compile:  # compiling leaves its own behind: all but the weights and moments that are there between steps
-    before = resident()["VmRSS:"] - 12 * trainer.model.num_parameters()
+if config.compile:  # compiling leaves its own behind in the process: PyTorch's record of the tensors instead
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        trainer.update(batches)
+    sizes = [e.nbytes() for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    print(12 * trainer.model.num_parameters() + max(accumulate(sizes)))
+    raise SystemExit
 open("/proc/self/clear_refs", "w").write("5")  # peak resident memory starts again from here
 trainer.update(batches)
 print(resident()["VmHWM:"] - before)
@@ -42,7 +47,7 @@ print(resident()["VmHWM:"] - before)
 
 
 def measured(words: list[str]) -> int:
-    """Peak resident bytes of a step, beyond what the imports and the step of a tiny model (compiled: and compiling) took.
+    """Peak resident bytes of a step, beyond what the imports and the step of a tiny model took; compiled: of its tensors.
 
     What is freed goes back to the system at once, so that resident is what is in use.
     """

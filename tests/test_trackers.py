@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import train
-from tests.conftest import fails_in_one_line, metrics_of, run_command, tiny_arguments
-from tests.test_faults import fill, leave_no_process_behind, small_disk, start, wait_for_step  # noqa: F401 (fixtures)
+from tests.conftest import fails_in_one_line, fill, metrics_of, run_command, tiny_arguments
+from tests.test_faults import leave_no_process_behind, start, wait_for_step  # noqa: F401 (a fixture)
 
 STEPS = 30
 
@@ -173,7 +173,7 @@ def test_tensorboard_goes_on_once_a_full_disk_has_room(tensorboard, tmp_path, mo
     assert curves_of(tmp_path) == {"train/loss": [(1, 1.0), (3, 3.0)]}
 
 
-def test_a_disk_that_fills_up_stops_neither_training_nor_trackers(tensorboard, wandb, data, small_disk):  # noqa: F811
+def test_a_disk_that_fills_up_stops_neither_training_nor_trackers(tensorboard, wandb, data, small_disk):
     out = small_disk / "out"
     run = start(data, out, max_steps=10**5, eval_interval=20, tensorboard=True, wandb_project="tests")
     wait_for_step(out, 11)

@@ -3,10 +3,10 @@
     python -m tools.memory config/gpt2_124m.py config/paper_221m.py
     python -m tools.memory config/gpt2_124m.py --n_layer=48 --activation_checkpointing=True
 
-A row for each config file, the settings after them for all. What is counted are tensors: 16 bytes a parameter, the
-activations that the backward pass waits for, the unembedding. Not counted: the CUDA context and what the allocator loses
-to gaps (1 to 2 GB in all: the table leaves 10% free), DDP's buckets (4 bytes a parameter more on several GPUs), and
-compiling, which on a CPU leaves some 0.3 GB in the process. The model is measured on CPUs (tests/test_memory.py).
+Two rows for each config file, the settings after them for all. What is counted are tensors: 16 bytes a parameter, the
+activations that the backward pass waits for, the unembedding. Not counted: the CUDA context and the gaps between tensors
+(the table leaves 10% free for them), DDP's buckets (4 bytes a parameter more on several GPUs), and what compiling leaves in
+the process. tests/test_memory.py compares the prediction with measured steps on a CPU; none on a GPU has been measured.
 """
 
 import argparse
@@ -58,6 +58,7 @@ def step_bytes(config: TrainConfig, device: str, low: int, processes: int = 1) -
     activations = config.n_layer * kept + hidden
     again = one_block if config.activation_checkpointing else 0
 
+    # The logits of one chunk and, eager, the float32 intermediate results of its softmax.
     chunks = -(-tokens // max(oec.CHUNK_ROWS, oec.CHUNK_ELEMENTS[device] // rows))
     chunk = -(-tokens // chunks) * rows * (low if config.compile else low + 17 + (4 if low < 4 else 0))
     centred = matrix if config.oec == "mu_centering" else 0
