@@ -844,6 +844,13 @@ def prepare_stdlib():
         prepare()
 
 
+def remove_unfinished(library: Path):
+    """What a machine that died while compiling has left in PyTorch's cache, which would stop every later run."""
+    for path in library.parents[1].rglob("*.so"):
+        if path == library or path.stat().st_size == 0:
+            path.unlink(missing_ok=True)
+
+
 def main():
     sys.stdout.reconfigure(errors="backslashreplace")  # μ, on a terminal that has none
     config = load_config(sys.argv[1:])
@@ -851,6 +858,9 @@ def main():
     try:
         Trainer(config, machine).run()
     except (RuntimeError, MemoryError) as error:
+        if unfinished := re.search(r"(/\S+\.so): (file too short|invalid ELF header|file truncated)", str(error)):
+            remove_unfinished(Path(unfinished[1]))
+            fail("PyTorch's compile cache held files that a kill had left unfinished; they are deleted: start again")
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
             raise
         fail(f"the memory is full: lower --micro_batch_size or the model's size. {one_line(error)}")

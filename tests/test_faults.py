@@ -198,6 +198,19 @@ def test_a_run_of_two_processes_goes_on_with_one_and_the_other_way_round(undistu
             assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
 
 
+@pytest.mark.slow  # compiles twice
+def test_a_compile_cache_that_a_dying_machine_left_unfinished(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    arguments = tiny_arguments(data, tmp_path / "out", compile=True)
+    assert run_command(arguments + ["--max_steps=3"]).returncode == 0
+    for library in (tmp_path / "cache").rglob("*.so"):
+        library.write_bytes(b"")
+    refused = run_command(arguments)
+    assert refused.returncode == 2 and refused.stderr.strip().endswith("they are deleted: start again"), refused.stderr
+    done = run_command(arguments)
+    assert done.returncode == 0 and metrics_of(tmp_path / "out")[-1]["step"] == 12, done.stderr
+
+
 # --- divergence
 
 POISONED = """
@@ -319,6 +332,7 @@ def test_a_disk_that_fills_up_or_a_folder_that_turns_read_only_during_a_run(requ
 # --- slow trouble
 
 
+@pytest.mark.slow
 def test_two_thousand_steps_leak_nothing(data, tmp_path, train_here, monkeypatch):
     """Memory, open files and threads at step 2,000 are within 2% of step 200's, and steps take no longer."""
     original, seen, times = train.Trainer.update, {}, []
@@ -428,6 +442,7 @@ def test_a_damaged_config_json_is_said_and_written_anew(finished, train_here, ca
     assert (out / "config.json").read_bytes() == whole.replace(b'"max_steps": 12', b'"max_steps": 16')
 
 
+@pytest.mark.slow  # waits out the 15 s that a killed process is given to be gone
 def test_two_processes_never_write_one_run(data, tmp_path, monkeypatch):
     out = tmp_path / "out"
     run = start(data, out, max_steps=10**5)

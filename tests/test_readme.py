@@ -28,10 +28,12 @@ NEEDS |= {"openwebtext/prepare": "datasets", "fineweb/prepare": "datasets"}
 
 
 def commands() -> list[str]:
+    """All of them, but for the section Commands, which gives their forms."""
     blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     words = [re.sub(r"\s+#.*", "", line) for line in lines]
-    in_table = re.findall(r"`((?:pip|python|torchrun) [^`]*(?:\.py|-m )[^`]*)`", "\n".join(x for x in README.splitlines() if x.startswith("|")))
+    tables = "\n".join(line for line in re.sub(r"\n## Commands\n.*?\n## ", "", README, flags=re.DOTALL).splitlines() if line[:1] == "|")
+    in_table = re.findall(r"`((?:pip|python|torchrun) [^`]*(?:\.py|-m )[^`]*)`", tables)
     return [part.strip() for line in words + in_table for part in line.split("&&") if part.strip()]
 
 
@@ -154,5 +156,7 @@ def test_the_readme_names_what_is_there():
         assert re.search(rf"^## {title.replace('-', ' ')}$", README, re.MULTILINE | re.IGNORECASE), f"README has no section {title}"
     for path in re.findall(r"\]\(([^):#]+)\)", README):
         assert (ROOT / path).exists(), f"README links to {path}, which does not exist"
+    for name in re.findall(r"\btools\.(\w+)", README):
+        assert (ROOT / f"tools/{name}.py").exists(), f"README names tools.{name}, which does not exist"
     for name in re.findall(r"`(config/\w+\.py|tools/\w+\.\w+|data/[\w/]+\.py|tests/\w+\.py)`", README):
         assert (ROOT / name).exists(), f"README names {name}, which does not exist"

@@ -252,7 +252,8 @@ def test_one_process_and_two_are_one_run(data, tmp_path):
     assert np.abs(losses[0] - losses[1]).max() <= 1e-5
 
 
-@pytest.mark.parametrize("compiled", (False, pytest.param(True, marks=pytest.mark.slow)))
+@pytest.mark.slow  # four processes, and compiling; test_model.py has the same on one
+@pytest.mark.parametrize("compiled", (False, True))
 def test_two_processes_that_checkpoint_activations_learn_the_same(data, tmp_path, compiled):
     """With two passes a step, so that gradients are averaged in the last one alone."""
     losses = []

@@ -11,16 +11,26 @@ the process. tests/test_memory.py compares the prediction with measured steps on
 
 import argparse
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import torch
 
 import oec
 from data.shards import fail
-from model import GPT
+from model import GPT, GPTConfig
 from train import TrainConfig, load_config
 
 CARDS = (24, 40, 80, 141)  # GB, 10⁹ bytes
+
+
+@cache
+def parameter_counts(vocab_size: int, n_layer: int, n_head: int, n_embd: int, tie_weights: bool) -> tuple[int, int]:
+    """Of the model, and of one of its blocks."""
+    shape = {"vocab_size": vocab_size, "n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "tie_weights": tie_weights}
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**shape))
+    return model.num_parameters(), sum(p.numel() for p in model.blocks[0].parameters())
 
 
 def activation_bytes(config: TrainConfig, low: int) -> int:
@@ -42,10 +52,8 @@ def activation_bytes(config: TrainConfig, low: int) -> int:
 
 def step_bytes(config: TrainConfig, device: str, low: int, processes: int = 1) -> int:
     """The peak of a training step of one process, in bytes: the largest of four moments."""
-    with torch.device("meta"):
-        model = GPT(config)
+    parameters, block = parameter_counts(*(getattr(config, name) for name in ("vocab_size", "n_layer", "n_head", "n_embd", "tie_weights")))
     d, rows, tokens = config.n_embd, config.padded_vocab_size, config.micro_batch_size * config.block_size
-    parameters, block = model.num_parameters(), sum(p.numel() for p in model.blocks[0].parameters())
     matrix = 4 * rows * d  # the unembedding's, in float32
     accumulates = config.batch_size > config.micro_batch_size * processes
     # Weights and AdamW's two moments; gradients that earlier passes have left; low-precision copies of the blocks' weights.

@@ -16,6 +16,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict
 from datetime import timedelta
@@ -180,6 +181,9 @@ def summary(rows: list[dict]) -> str:
 
 
 def run_cells(cells: list[Cell], rows: list[dict], out: Path, jobs: int):
+    is_stopped = threading.Event()  # a KeyboardInterrupt can get lost in what Python does while it starts a process
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: is_stopped.set())
     waiting, running, began, n_done = list(cells), {}, time.monotonic(), 0
     try:
         while waiting or running:
@@ -187,7 +191,8 @@ def run_cells(cells: list[Cell], rows: list[dict], out: Path, jobs: int):
                 if waiting:
                     waiting[0].start(slot, jobs)
                     running[slot] = waiting.pop(0)
-            time.sleep(0.2)
+            if is_stopped.wait(0.2):
+                fail("stopped; the same command goes on from here")
             for slot, cell in list(running.items()):
                 if cell.process.poll() is None:
                     continue
@@ -252,11 +257,7 @@ def main():
     finished = {tuple(row[name] for name in COLUMNS[:4]) for row in rows}
     missing = [cell for cell in {cell.key: cell for cell in cells}.values() if cell.key not in finished]
     print(f"{len(cells) - len(missing)} of {len(cells)} cells are there, {len(missing)} to run, {jobs} at a time", flush=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        run_cells(missing, rows, options.out, jobs)
-    except KeyboardInterrupt:
-        fail("stopped; the same command goes on from here")
+    run_cells(missing, rows, options.out, jobs)
     print(f"\n{summary(rows)}\n{options.out / 'sweep.csv'}")
 
 
