@@ -844,11 +844,14 @@ def prepare_stdlib():
         prepare()
 
 
-def remove_unfinished(library: Path):
-    """What a machine that died while compiling has left in PyTorch's cache, which would stop every later run."""
-    for path in library.parents[1].rglob("*.so"):
-        if path == library or path.stat().st_size == 0:
-            path.unlink(missing_ok=True)
+def remove_unfinished(problem: str) -> bool:
+    """Deletes what a machine that died while compiling left in PyTorch's cache, where it would stop every later run."""
+    named = re.search(r"(/\S+)/\w\w/\w+(\.main)?\.(so: file too short|so: invalid ELF header|so: file truncated|cpp)", problem)
+    libraries = Path(named[1]).rglob("*.so") if named else []
+    unfinished = [path for path in libraries if path.stat().st_size == 0 or f"{path}: " in problem]
+    for path in unfinished:
+        path.unlink(missing_ok=True)
+    return bool(unfinished)
 
 
 def main():
@@ -858,8 +861,7 @@ def main():
     try:
         Trainer(config, machine).run()
     except (RuntimeError, MemoryError) as error:
-        if unfinished := re.search(r"(/\S+\.so): (file too short|invalid ELF header|file truncated)", str(error)):
-            remove_unfinished(Path(unfinished[1]))
+        if remove_unfinished(str(error)):
             fail("PyTorch's compile cache held files that a kill had left unfinished; they are deleted: start again")
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
             raise
