@@ -93,6 +93,17 @@ def sweep_command(folder, out, *options):
     return [sys.executable, "-m", "tools.sweep", *words, *extra]
 
 
+@pytest.mark.slow
+def test_a_sweep_over_the_weights_of_a_method(data, tmp_path):
+    options = ("--methods", "mu_loss,softcap", "--learning_rates", "1e-2", "--mu_loss_weights", "1e-4,1e2", "--softcaps", "5")
+    done = subprocess.run(sweep_command(data, tmp_path / "sweep", *options), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = read_sweep(tmp_path / "sweep/sweep.csv")
+    assert [(row["method"], float(row["lambda"])) for row in rows] == [("mu_loss", 1e-4), ("mu_loss", 1e2), ("softcap", 5)]
+    assert float(rows[1]["mu_norm"]) < 0.5 * float(rows[0]["mu_norm"])  # a large λ holds μ near zero
+    assert float(rows[2]["logit_absmax"]) < 5
+
+
 def test_a_sweep_is_killed_and_goes_on(data, tmp_path):
     """Two cells, one of them diverging: killed in the middle, gone on with, and nothing finished is run again."""
     out = tmp_path / "sweep"
