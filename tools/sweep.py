@@ -235,7 +235,7 @@ def main():
     parser.add_argument("--learning_rates", default="3e-4,1e-3,3e-3,1e-2,3e-2,1e-1,3e-1", help="peaks (default: %(default)s)")
     parser.add_argument("--seeds", default="1", help="(default: %(default)s)")
     for method, key in WEIGHT_OF.items():
-        parser.add_argument(f"--{key}s", default="", help=f"of {method}, one cell each (default: its config file's)")
+        parser.add_argument(f"--{key.removeprefix('logit_')}s", dest=key, default="", help=f"of {method}, one cell each (default: its config file's)")
     parser.add_argument("--out", type=Path, required=True, help="folder of the sweep")
     parser.add_argument("--jobs", type=int, default=0, help="runs at a time (default: one a GPU, or one)")
     options, words = parser.parse_known_args()
@@ -247,7 +247,7 @@ def main():
         fail(f"--jobs={jobs} must be between 1 and the number of GPUs or cores")
     if not all(seed.isdecimal() for seed in options.seeds.split(",")):
         fail(f"--seeds={options.seeds} must be whole numbers, like 1,2,3")
-    weights = {method: numbers(text) if (text := getattr(options, f"{key}s")) else [""] for method, key in WEIGHT_OF.items()}
+    weights = {method: numbers(text) if (text := getattr(options, key)) else [""] for method, key in WEIGHT_OF.items()}
     cells = [
         Cell(words, method, weight, rate, seed, options.out)
         for seed, rate, method in product(options.seeds.split(","), numbers(options.learning_rates), methods)
