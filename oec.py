@@ -191,8 +191,8 @@ def _unembedding(
             logits = torch.mm(h, W_low.T, out=buffer[: len(h)])
             real = logits[:, :vocab_size]
             statistics[:, chunk] = softmax_pass(real, target, z_weight, cap, ignore_index, wide, needs_grad)
-            logits[:, vocab_size:] = 0
             if needs_grad:
+                logits[:, vocab_size:] = 0
                 torch.mm(logits, W_low, out=grad_hidden[chunk])
                 grad_W.addmm_(logits.T, h) if dtype == wide else grad_W.add_(logits.T @ h)
         loss, reported, inverse_count = _reduce(statistics, targets != ignore_index, z_weight)

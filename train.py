@@ -461,7 +461,7 @@ def open_trackers(config: TrainConfig, out_dir: Path, step: int) -> list:
         import wandb
 
         if not (out_dir / "wandb_id").exists():
-            write_whole(out_dir / "wandb_id", os.urandom(4).hex().encode())
+            write_whole(out_dir / "wandb_id", secrets.token_hex(4).encode())
         settings = {"name": out_dir.resolve().name, "id": (out_dir / "wandb_id").read_text(), "dir": out_dir, "config": asdict(config)}
         try:
             trackers.append(wandb.init(project=config.wandb_project, resume="allow", **settings).log)
