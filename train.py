@@ -264,6 +264,8 @@ def start_machine(config: TrainConfig) -> Machine:
             fail("compile=True needs Python's headers: install python3-dev, or use --compile=False")
         has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         best_dtype = torch.bfloat16 if has_bfloat16 else torch.float32
+        if config.dtype == "bfloat16" and not has_bfloat16:
+            held_libraries.append(multiply_bfloat16_in_float32())
     if config.deterministic or device.type == "cpu":  # compiled code adds up embedding gradients in any order otherwise
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -273,6 +275,26 @@ def start_machine(config: TrainConfig) -> Machine:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(minutes=30))
     dtype = best_dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     return Machine(rank, world_size, device, dtype, peak_flops)
+
+
+held_libraries = []  # PyTorch takes an operator back when its library is gone
+
+
+def multiply_bfloat16_in_float32() -> torch.library.Library:
+    """bfloat16 matrix products for a CPU without units for them, on which PyTorch's own take ten times float32's time.
+
+    What the units compute: exact products of bfloat16 numbers, added up in float32, rounded to bfloat16 once.
+    """
+    library = torch.library.Library("aten", "IMPL")
+
+    def product(a, b):  # addmm, since mm is what is being replaced
+        wide = torch.float32 if a.dtype == torch.bfloat16 else a.dtype
+        return torch.addmm(a.new_zeros((), dtype=wide), a.to(wide), b.to(wide), beta=0)
+
+    with warnings.catch_warnings(action="ignore"):  # that an operator is replaced
+        library.impl("mm", lambda a, b: product(a, b).to(a.dtype), "CPU")
+        library.impl("mm.out", lambda a, b, out: out.copy_(product(a, b)), "CPU")
+    return library
 
 
 def store_of_this_start(rank: int, world_size: int) -> dist.Store:
