@@ -13,8 +13,9 @@ import time
 import pytest
 import torch
 
+import oec
 from data.prepare import prepare
-from tests.conftest import ROOT, fails_in_one_line, run_command, tiny_arguments
+from tests.conftest import ROOT, fails_in_one_line, metrics_of, run_command, tiny_arguments
 from tools.sweep import lr_sensitivity, read_sweep
 
 has_matplotlib = importlib.util.find_spec("matplotlib") is not None
@@ -155,6 +156,38 @@ def test_a_folder_of_other_things_is_no_sweep(data, tmp_path, refusal):
     assert "holds no sweep" in refusal("sweep", *sweep_command(data, tmp_path / "mine")[3:])
 
 
+# --- what the paper leaves open
+
+
+def test_row_sums_are_recorded(data, tmp_path):
+    """The rows of the gradient cancel; SGD keeps that, and μ where it was, and Adam does not (paper, §2)."""
+    shares, moved = {}, {}
+    for variant in ("row_sums", "sgd_row_sums"):
+        done = tool("why", variant, *tiny_arguments(data, tmp_path / variant, oec="none"))
+        assert done.returncode == 0, done.stderr
+        lines = [x for x in metrics_of(tmp_path / variant) if x["split"] == "train"]
+        assert all(x["gradient_row_sum"] < 1e-6 for x in lines)
+        shares[variant] = max(x["update_row_sum"] for x in lines)
+        moved[variant] = abs(lines[-1]["mu_norm"] - lines[0]["mu_norm"])
+    assert shares["sgd_row_sums"] < 1e-3 < 0.05 < shares["row_sums"]
+    assert moved["sgd_row_sums"] < 1e-6 < 1e-2 < moved["row_sums"]
+
+
+def test_the_head_alone_in_float32(monkeypatch):
+    monkeypatch.setattr(oec, "unembedding_loss", oec.unembedding_loss)  # put back afterwards
+    hidden, W, targets = torch.randn(8, 16), torch.randn(50, 16), torch.arange(8)
+    exact = oec.unembedding_loss(hidden, W, targets).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        assert oec.unembedding_loss(hidden, W, targets).loss != exact
+        importlib.import_module("tools.why").unembed_in_float32()
+        assert oec.unembedding_loss(hidden, W, targets).loss == exact
+
+
+def test_why_refuses_what_it_does_not_know(refusal):
+    assert "float32_head" in refusal("why", "precision")
+    assert "float32_head" in refusal("why")
+
+
 # --- plot
 
 
@@ -192,11 +225,12 @@ def test_bench_measures_and_writes_json(tmp_path):
 
 
 @pytest.mark.skipif(not has_matplotlib, reason="figures need: pip install matplotlib")
-def test_curves_and_geometry_are_drawn(run_folder, tmp_path):
-    for arguments in ([run_folder], ["--geometry", run_folder]):
+def test_curves_and_geometry_are_drawn(run_folder, tmp_path, refusal):
+    for arguments in ([run_folder], [run_folder, "--curves", "stored_mu_norm,loss"], ["--geometry", run_folder]):
         done = tool("plot", *arguments, "--out", tmp_path / "figure")
         assert done.returncode == 0 and (tmp_path / "figure.svg").stat().st_size > 10_000, done.stderr
     assert "mu_ratio" in done.stdout and "logit_mean" in done.stdout
+    assert "no run has 'loose'" in refusal("plot", run_folder, "--curves", "loose")
 
 
 @pytest.mark.skipif(not has_matplotlib, reason="figures need: pip install matplotlib")
@@ -210,7 +244,7 @@ def test_scaling_is_drawn(tmp_path, refusal):
     assert "other.json" in refusal("plot", tmp_path / "other.json")
 
 
-@pytest.mark.parametrize("name", ("sample", "sweep", "plot", "bench", "memory", "export_hf", "import_hf"))
+@pytest.mark.parametrize("name", ("sample", "sweep", "plot", "bench", "memory", "why", "export_hf", "import_hf"))
 def test_help(capsys, monkeypatch, name):
     monkeypatch.setattr(sys, "argv", [name, "--help"])
     with pytest.raises(SystemExit) as end:

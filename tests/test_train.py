@@ -205,6 +205,23 @@ def test_the_last_two_checkpoints_and_the_best_are_kept(data, tmp_path, train_he
     assert [p.name for p in sorted((tmp_path / "out").glob("ckpt*"))] == [f"ckpt_{s:07d}.pt" for s in (4, 8, 10)]
 
 
+def test_bfloat16_products_without_units_for_them():
+    """Each is the float32 product of the bfloat16 numbers, rounded once; those of other types stay what they were."""
+    a, b = torch.randn(33, 65), torch.randn(65, 17)
+    low_a, low_b = a.bfloat16(), b.bfloat16()
+    expected, in_float32, in_float64 = (low_a.float() @ low_b.float()).bfloat16(), a @ b, a.double() @ b.double()
+    library = train.multiply_bfloat16_in_float32()
+    try:
+        assert torch.equal(low_a @ low_b, expected)
+        assert torch.equal(torch.mm(low_a, low_b, out=torch.empty_like(expected)), expected)
+        assert torch.equal(a @ b, in_float32) and torch.equal(a.double() @ b.double(), in_float64)
+        weight = low_b.clone().requires_grad_()
+        (low_a @ weight).sum().backward()
+        assert torch.equal(weight.grad, low_a.float().T.sum(dim=1, keepdim=True).expand(65, 17).bfloat16())
+    finally:
+        library._destroy()
+
+
 @pytest.mark.parametrize("method", ("mu_centering", "mu_centering_step", "mu_loss"))
 @pytest.mark.parametrize("settings", ({"dtype": "float32"}, {"dtype": "bfloat16", "compile": True}))
 def test_stopped_and_resumed_is_never_stopped(data, tmp_path, train_here, settings, method):

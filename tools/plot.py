@@ -2,6 +2,7 @@
 
     python -m tools.plot out/sweep/sweep.csv --published published.csv --out results/sweep
     python -m tools.plot out/RUN_A out/RUN_B --out curves
+    python -m tools.plot out/RUN_A out/RUN_B --curves mu_norm,stored_mu_norm --out curves
     python -m tools.plot scaling.json --out results/scaling
     python -m tools.plot --geometry out/RUN/ckpt_0001000.pt model.safetensors --out geometry
 
@@ -35,7 +36,8 @@ PANELS = {
 }  # fmt: skip
 CURVES = {
     "cross_entropy": "cross-entropy (nats)", "mu_norm": "‖μ‖", "logit_mean": "logit mean", "logit_std": "logit standard deviation",
-    "logit_absmax": "largest |logit|", "grad_norm": "gradient norm",
+    "logit_absmax": "largest |logit|", "grad_norm": "gradient norm", "stored_mu_norm": "‖μ‖ of the stored embeddings",
+    "gradient_row_sum": "‖Σ of the gradient’s rows‖ / Σ ‖row‖", "update_row_sum": "‖Σ of the update’s rows‖ / Σ ‖row‖",
 }  # fmt: skip
 # Names of the output embedding in other people's files, the first one found is taken.
 OUTPUT_EMBEDDINGS = (
@@ -133,25 +135,33 @@ def draw_sweep(rows: list[dict], published: list[dict], out: Path):
     save(figure, out)
 
 
-def draw_curves(folders: list[Path], out: Path):
+def draw_curves(folders: list[Path], names: list[str], out: Path):
+    """The columns `names` of the runs' metrics.jsonl over tokens; those that stay above zero on a logarithmic axis."""
     plt = pyplot()
-    figure, axes = plt.subplots(2, 3, figsize=(11, 6.2))
+    n_columns = min(3, len(names))
+    n_rows = -(-len(names) // n_columns)
+    figure, axes = plt.subplots(n_rows, n_columns, figsize=(3.7 * n_columns, 3.1 * n_rows), squeeze=False)
+    smallest = dict.fromkeys(names, math.inf)
     for place, folder in enumerate(folders):
         try:
             lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         except (OSError, ValueError) as error:
             fail(f"{folder} holds no run that can be read: {error}")
         colour, marker, dashes = list(STYLES.values())[place % len(STYLES)]
-        for (name, label), axis in zip(CURVES.items(), axes.flat):
+        for name, axis in zip(names, axes.flat):
             for split in ("train", "val"):
                 points = [(x["tokens"], x[name]) for x in lines if x["split"] == split and x.get(name) is not None]
                 if points:
+                    smallest[name] = min(smallest[name], *(value for _, value in points))
                     style = {"ls": dashes, "lw": 0.8} if split == "train" else {"ls": "none", "marker": marker, "ms": 4}
                     axis.plot(*zip(*points), color=colour, label=f"{folder.name}" if split == "train" else None, **style)
-            axis.set_title(label, loc="left", fontsize=9)
+            axis.set_title(CURVES.get(name, name), loc="left", fontsize=9)
             axis.set_xlabel("tokens")
-    for axis in (axes[0][1], axes[1][1], axes[1][2]):
-        axis.set_yscale("log")
+    for name, axis in zip(names, axes.flat):
+        if smallest[name] == math.inf:
+            fail(f"no run has {name!r} in its metrics.jsonl")
+        if smallest[name] > 0 and name != "cross_entropy":
+            axis.set_yscale("log")
     axes[0][0].legend(fontsize=7, title="lines: train, marks: validation", title_fontsize=7)
     figure.tight_layout()
     save(figure, out)
@@ -265,6 +275,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="+", type=Path, help="a sweep.csv, or folders of runs, or a bench's scaling .json, or with --geometry checkpoints")
     parser.add_argument("--geometry", action="store_true", help="print and draw the geometry of output embeddings, as stored and centred")
+    parser.add_argument("--curves", default=",".join(list(CURVES)[:6]), help="columns of metrics.jsonl to draw (default: %(default)s)")
     parser.add_argument("--published", type=Path, help="a csv of published figures to draw beside a sweep's")
     parser.add_argument("--size", default="16M", help="which size of the published ones (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("figure"), help="files to write, without ending (default: %(default)s)")
@@ -280,7 +291,7 @@ def main():
     elif options.inputs[0].suffix == ".json":
         draw_scaling(options.inputs[0], options.out)
     else:
-        draw_curves(options.inputs, options.out)
+        draw_curves(options.inputs, options.curves.split(","), options.out)
 
 
 if __name__ == "__main__":
