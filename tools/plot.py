@@ -157,6 +157,8 @@ def draw_curves(folders: list[Path], names: list[str], out: Path):
                     axis.plot(*zip(*points), color=colour, label=f"{folder.name}" if split == "train" else None, **style)
             axis.set_title(CURVES.get(name, name), loc="left", fontsize=9)
             axis.set_xlabel("tokens")
+    for axis in axes.flat[len(names) :]:
+        axis.set_visible(False)
     for name, axis in zip(names, axes.flat):
         if smallest[name] == math.inf:
             fail(f"no run has {name!r} in its metrics.jsonl")
