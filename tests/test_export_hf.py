@@ -20,7 +20,7 @@ from train import read_checkpoint
 
 transformers = pytest.importorskip("transformers", reason="the Hugging Face export needs: pip install transformers")
 from safetensors.torch import load_file, save_file  # noqa: E402
-from tools import export_hf, import_hf  # noqa: E402
+from tools import export_hf, import_hf, plot  # noqa: E402
 from tools.sample import load_model  # noqa: E402
 
 STDLIB = ROOT / "data/stdlib" / VOCABULARY_FILE
@@ -62,6 +62,23 @@ def run_import(monkeypatch, *arguments):
 
 
 # --- the function
+
+
+@torch.no_grad()
+def test_geometry_takes_the_logits_of_any_folder(checkpoint, tmp_path):
+    """tools.plot --geometry: statistics of the folder's own logits, as stored and centred; none where it is no model."""
+    export_hf.export(checkpoint(oec="none"), tmp_path / "out")
+    stored, centred = plot.logit_statistics(tmp_path / "out")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    words = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")((ROOT / "README.md").read_text())["input_ids"]
+    logits = theirs(torch.tensor([words[:63]])).logits[0]  # all but the last of 64 positions
+    assert stored["logit_mean"] == pytest.approx(logits.mean().item(), rel=1e-4)
+    assert stored["logit_std"] == pytest.approx(logits.std(correction=0).item(), rel=1e-4)
+    assert stored["logit_absmax"] == pytest.approx(logits.abs().max().item(), rel=1e-4)
+    assert abs(centred["logit_mean"]) < 1e-5 < 0.1 < abs(stored["logit_mean"])
+    (tmp_path / "out/tokenizer.json").unlink()
+    (tmp_path / "out/config.json").write_text("{}")
+    assert plot.logit_statistics(tmp_path / "out") == [{}, {}]
 
 
 @pytest.mark.parametrize("tied", (False, True))

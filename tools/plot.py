@@ -22,7 +22,7 @@ import oec
 from data.shards import fail, open_dataset
 from tools.sample import data_folder, load_model
 from tools.sweep import lr_sensitivity, read_sweep
-from train import checkpoints, one_line, read_checkpoint
+from train import ROOT, checkpoints, one_line, read_checkpoint
 
 # For a printed page without colours each line has its own marker and dashes as well. (colour, marker, dashes)
 STYLES = {
@@ -228,25 +228,47 @@ def output_embedding(path: Path) -> tuple[torch.Tensor, int]:
     fail(f"{path} holds no output embedding under any of the names {', '.join(OUTPUT_EMBEDDINGS)}")
 
 
-@torch.no_grad()
-def logit_statistics(path: Path) -> list[dict[str, float]]:
-    """Mean, deviation and largest magnitude of a model's logits on its first validation windows, as stored and centred.
-    Nothing for a file of other people's, and where the run's data is not here."""
-    is_run = path.suffix == ".pt" or path.is_dir() and checkpoints(path)
-    if not is_run:
-        return [{}, {}]
+def run_outputs(path: Path):
+    """Final hidden states of our model on its first validation windows, unembedding, targets, and the loss's options."""
     model, config = load_model(path)
     if not data_folder(config).is_dir():
-        print(f"{path}: no statistics of logits, since the run's data, {data_folder(config)}, is not there")
-        return [{}, {}]
+        return print(f"{path}: no statistics of logits, since the run's data, {data_folder(config)}, is not there")
     _, val = open_dataset(data_folder(config), config["block_size"], config["vocab_size"])
     tokens = torch.from_numpy(val.read(np.arange(min(16, len(val)))))
     hidden = []
     model.final_norm.register_forward_hook(lambda module, inputs, output: hidden.append(output))
     model(tokens[:, :-1])
-    V, W = model.config.vocab_size, model.unembedding.weight
-    options = {"vocab_size": V, "soft_cap": model.config.logit_softcap}
-    both = [oec.unembedding_loss(hidden[0].flatten(0, 1), w, tokens[:, 1:].flatten(), **options)._asdict() for w in (W, oec.center(W, V))]
+    options = {"vocab_size": model.config.vocab_size, "soft_cap": model.config.logit_softcap}
+    return hidden[0].flatten(0, 1), model.unembedding.weight, tokens[:, 1:].flatten(), options
+
+
+def hugging_face_outputs(path: Path):
+    """The same of a folder with a causal language model and its tokenizer, on this project's README."""
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        words = AutoTokenizer.from_pretrained(path)((ROOT / "README.md").read_text())["input_ids"]
+    except ImportError:
+        return print(f"{path}: no statistics of logits without: pip install transformers")
+    except (OSError, ValueError, KeyError) as error:
+        return print(f"{path}: no statistics of logits, since it is no whole model with its tokenizer: {one_line(error)}")
+    tokens = torch.tensor(words[: min(1024, getattr(model.config, "max_position_embeddings", 1024))])
+    hidden = model(tokens[None, :-1], output_hidden_states=True).hidden_states[-1][0]  # after the last norm
+    options = {"soft_cap": getattr(model.config, "final_logit_softcapping", None) or 0.0}
+    return hidden, model.get_output_embeddings().weight, tokens[1:], options
+
+
+@torch.no_grad()
+def logit_statistics(path: Path) -> list[dict[str, float]]:
+    """Mean, deviation and largest magnitude of a model's logits on real text, as stored and centred; nothing for a bare
+    file of weights, and where the text or a package is missing."""
+    is_run = path.suffix == ".pt" or path.is_dir() and checkpoints(path)
+    outputs = run_outputs(path) if is_run else hugging_face_outputs(path) if path.is_dir() else None
+    if outputs is None:
+        return [{}, {}]
+    hidden, W, targets, options = outputs
+    both = [oec.unembedding_loss(hidden, w, targets, **options)._asdict() for w in (W, oec.center(W, options.get("vocab_size")))]
     return [{name: parts[name].item() for name in ("logit_mean", "logit_std", "logit_absmax")} for parts in both]
 
 
