@@ -23,8 +23,8 @@ TINY = "--block_size=32 --batch_size=4 --micro_batch_size=2 --max_steps=2 --warm
 TINY = shlex.split(TINY + " --eval_interval=0 --device=cpu --dtype=float32 --compile=False")
 DOCUMENTS = [{"text": f"the number {i} comes before the number {i + 1}.\n" * 9} for i in range(900)]
 # Optional packages that a command needs; it is left out, and said so, where one is missing.
-NEEDS = {"tools.plot": "matplotlib", "export_hf": "transformers", "import_hf": "transformers", "lm_eval": "lm_eval"}
-NEEDS |= {"openwebtext/prepare": "datasets", "fineweb/prepare": "datasets"}
+NEEDS = {"tools.plot": "matplotlib", "export_hf": "transformers", "import_hf": "transformers", "weights.pt": "transformers"}
+NEEDS |= {"lm_eval": "lm_eval", "openwebtext/prepare": "datasets", "fineweb/prepare": "datasets"}
 
 
 def commands() -> list[str]:
