@@ -27,6 +27,7 @@ import zipfile
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
+from functools import cache
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
@@ -265,7 +266,7 @@ def start_machine(config: TrainConfig) -> Machine:
         has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         best_dtype = torch.bfloat16 if has_bfloat16 else torch.float32
         if config.dtype == "bfloat16" and not has_bfloat16:
-            held_libraries.append(multiply_bfloat16_in_float32())
+            multiply_bfloat16_in_float32()
     if config.deterministic or device.type == "cpu":  # compiled code adds up embedding gradients in any order otherwise
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -277,9 +278,7 @@ def start_machine(config: TrainConfig) -> Machine:
     return Machine(rank, world_size, device, dtype, peak_flops)
 
 
-held_libraries = []  # PyTorch takes an operator back when its library is gone
-
-
+@cache  # which keeps the library: PyTorch takes an operator back when it is gone
 def multiply_bfloat16_in_float32() -> torch.library.Library:
     """bfloat16 matrix products for a CPU without units for them, on which PyTorch's own take ten times float32's time.
 

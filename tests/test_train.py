@@ -210,7 +210,7 @@ def test_bfloat16_products_without_units_for_them():
     a, b = torch.randn(33, 65), torch.randn(65, 17)
     low_a, low_b = a.bfloat16(), b.bfloat16()
     expected, in_float32, in_float64 = (low_a.float() @ low_b.float()).bfloat16(), a @ b, a.double() @ b.double()
-    library = train.multiply_bfloat16_in_float32()
+    library = train.multiply_bfloat16_in_float32.__wrapped__()  # one of this test's own
     try:
         assert torch.equal(low_a @ low_b, expected)
         assert torch.equal(torch.mm(low_a, low_b, out=torch.empty_like(expected)), expected)
