@@ -263,6 +263,8 @@ def start_machine(config: TrainConfig) -> Machine:
             fail("compile=True needs a C++ compiler: install g++, or use --compile=False")
         if config.compile and not Path(sysconfig.get_path("include"), "Python.h").exists():
             fail("compile=True needs Python's headers: install python3-dev, or use --compile=False")
+        # Else PyTorch compiles a program first, to see whether the compiler knows the CPU's vector units: 7 seconds.
+        os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
         has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         best_dtype = torch.bfloat16 if has_bfloat16 else torch.float32
         if config.dtype == "bfloat16" and not has_bfloat16:
@@ -593,16 +595,18 @@ def average(passes: list[tuple[float, dict]], machine: Machine) -> dict[str, tor
     return mean | {"logit_absmax": machine.all_reduce(largest, dist.ReduceOp.MAX)}
 
 
-@torch.no_grad()
 def evaluate(model, val: TokenWindows, config: TrainConfig, machine: Machine) -> dict[str, float]:
-    """Means over the same windows each time; the processes share out the batches."""
+    """Means over the same windows each time; the processes share out the batches.
+
+    Not under no_grad, which would be another graph: compiling it takes longer than many evaluations' idle gradients.
+    """
     windows = permute(np.arange(min(config.eval_sequences, len(val))), len(val), key=0)
     batches = [windows[at : at + config.micro_batch_size] for at in range(0, len(windows), config.micro_batch_size)]
     mine = [(len(batch), batch) for batch in batches[machine.rank :: machine.world_size]]
     passes = []
     for weight, batch in mine or [(0, batches[0])]:
         tokens = torch.from_numpy(val.read(np.resize(batch, config.micro_batch_size))).to(machine.device)
-        targets = tokens[:, 1:].clone()
+        targets = tokens.clone()[:, 1:]  # strides as in training, or it would be compiled anew
         targets[len(batch) :] = -1  # a short last batch keeps its shape, so nothing is compiled for it
         with machine.autocast():
             passes.append((weight, model(tokens[:, :-1], targets)[1]))

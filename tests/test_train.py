@@ -224,12 +224,17 @@ def test_bfloat16_products_without_units_for_them():
 
 @pytest.mark.parametrize("method", ("mu_centering", "mu_centering_step", "mu_loss"))
 @pytest.mark.parametrize("settings", ({"dtype": "float32"}, {"dtype": "bfloat16", "compile": True}))
-def test_stopped_and_resumed_is_never_stopped(data, tmp_path, train_here, settings, method):
+def test_stopped_and_resumed_is_never_stopped(data, tmp_path, train_here, monkeypatch, settings, method):
     """Bit for bit: parameters, optimizer state, metrics; the learning rate's schedule is that of the whole run."""
     if settings.get("compile") and method != "mu_centering":
         pytest.skip("one compiled method is enough for the time it takes")
     options = settings | {"oec": method, "eval_interval": 3, "log_interval": 2}
+    compiled, evaluate = [], train.evaluate
+    count = lambda: compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    monkeypatch.setattr(train, "evaluate", lambda *arguments: count() or evaluate(*arguments))
     train_here(tiny_arguments(data, tmp_path / "whole", **options))
+    count()
+    assert len(set(compiled)) == 1, "evaluation compiled a graph of its own"
 
     class Stop(Exception):
         pass
