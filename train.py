@@ -598,7 +598,7 @@ def average(passes: list[tuple[float, dict]], machine: Machine) -> dict[str, tor
 def evaluate(model, val: TokenWindows, config: TrainConfig, machine: Machine) -> dict[str, float]:
     """Means over the same windows each time; the processes share out the batches.
 
-    Not under no_grad, which would be another graph: compiling it takes longer than many evaluations' idle gradients.
+    Compiled, gradients stay enabled: without them it is another graph, and compiling that takes longer than idle gradients.
     """
     windows = permute(np.arange(min(config.eval_sequences, len(val))), len(val), key=0)
     batches = [windows[at : at + config.micro_batch_size] for at in range(0, len(windows), config.micro_batch_size)]
@@ -608,7 +608,7 @@ def evaluate(model, val: TokenWindows, config: TrainConfig, machine: Machine) ->
         tokens = torch.from_numpy(val.read(np.resize(batch, config.micro_batch_size))).to(machine.device)
         targets = tokens.clone()[:, 1:]  # strides as in training, or it would be compiled anew
         targets[len(batch) :] = -1  # a short last batch keeps its shape, so nothing is compiled for it
-        with machine.autocast():
+        with torch.set_grad_enabled(config.compile), machine.autocast():
             passes.append((weight, model(tokens[:, :-1], targets)[1]))
     return {name: value.item() for name, value in average(passes, machine).items()}
 
