@@ -8,7 +8,9 @@ Shapes: B sequences, T tokens in each, d = n_embd, H = n_head, D = d / H.
 """
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +18,28 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import oec
+import runtime.unembedding
 
-METHODS = ("none", "mu_loss", "mu_centering", "mu_centering_step")
+# The remedies against drifting logits: the settings that switch each of them on. config/*.py, tools.sweep and the names
+# of runs go by this table.
+METHODS = {
+    "baseline": {"oec": "none", "z_loss_weight": 0.0, "logit_softcap": 0.0},
+    "mu_loss": {"oec": "mu_loss", "mu_loss_weight": 1e-4},
+    "mu_centering": {"oec": "mu_centering"},
+    "mu_centering_step": {"oec": "mu_centering_step"},
+    "z_loss": {"z_loss_weight": 1e-4},
+    "softcap": {"logit_softcap": 30.0},
+}
+WEIGHTS = {"mu_loss": "mu_loss_weight", "z_loss": "z_loss_weight", "softcap": "logit_softcap"}  # the settings of their strength
+
+# How each metric of GPT.forward is combined over micro-batches and processes. One that is not here is refused.
+METRICS = {
+    "loss": "mean", "cross_entropy": "mean", "z_loss": "mean", "mu_loss": "mean", "log_z": "mean", "logit_mean": "mean",
+    "logit_std": "std about logit_mean", "logit_absmax": "max", "rounding_nats": "mean",
+}  # fmt: skip
+
+# The settings that decide which parameters a model has, and of which shapes.
+ARCHITECTURE = ("vocab_size", "n_layer", "n_head", "n_embd", "tie_weights")
 ROPE_BASE = 10_000.0
 
 
@@ -30,13 +52,16 @@ class GPTConfig:
     n_head: int = 12  # attention heads in a block
     n_embd: int = 768  # width of the residual stream
     tie_weights: bool = False  # one matrix for input embedding and unembedding
+    final_norm_gain: bool = True  # train the gain of the last norm; False: it stays 1, and the logits can drift faster
     activation_checkpointing: bool = False  # keep only each block's input, compute the rest again in backward: less memory
 
     # the method (oec.py); all combine freely
-    oec: str = "none"  # none, mu_loss, mu_centering (in the forward pass), mu_centering_step (after each step)
+    oec: Literal["none", "mu_loss", "mu_centering", "mu_centering_step"] = "none"  # centering: in the forward pass, or after each step
     mu_loss_weight: float = 1e-4  # λ of μᵀμ, used when oec is mu_loss
     z_loss_weight: float = 0.0  # λ of mean (log Z)²; 0 is off
     logit_softcap: float = 0.0  # c of c·tanh(logit/c); 0 is off
+    fused_unembedding: bool = True  # the lean loss; False: the plain one of oec.py, whose every entry can be differentiated
+    logits_dtype: Literal["auto", "float32"] = "auto"  # auto: that of the matrix products; float32: as they leave the accumulators
 
     @property
     def padded_vocab_size(self) -> int:
@@ -119,6 +144,7 @@ class GPT(nn.Module):
         self.embedding = nn.Embedding(config.padded_vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.final_norm = nn.LayerNorm(config.n_embd, bias=False)
+        self.final_norm.weight.requires_grad_(config.final_norm_gain)
         self.unembedding = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         if config.tie_weights:
             self.unembedding.weight = self.embedding.weight
@@ -164,31 +190,37 @@ class GPT(nn.Module):
                 x = checkpoint(block, x, rotation, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, rotation)
-        hidden = self.final_norm(x)
+        hidden = self.final_norm(x)  # (B, T, d)
 
         W = self.output_embedding()  # (padded_vocab_size, d)
         if targets is None:
             logits = (hidden[:, -1] @ W[: config.vocab_size].to(hidden.dtype).T).float()
             return oec.soft_cap(logits, config.logit_softcap)
-        parts = oec.unembedding_loss(
-            hidden.flatten(0, 1),
-            W,
-            targets.flatten(),
-            vocab_size=config.vocab_size,
-            z_loss_weight=config.z_loss_weight,
-            soft_cap=config.logit_softcap,
-        )
+
+        options = {"vocab_size": config.vocab_size, "z_loss_weight": config.z_loss_weight, "soft_cap": config.logit_softcap}
+        hidden, targets = hidden.flatten(0, 1), targets.flatten()  # (N, d), (N,)
+        in_float32 = config.logits_dtype == "float32"
+        if config.fused_unembedding:
+            options["logits_dtype"] = torch.float32 if in_float32 else None
+            parts = runtime.unembedding.unembedding_loss(hidden, W, targets, **options)
+        else:
+            with torch.autocast(hidden.device.type, enabled=False) if in_float32 else nullcontext():
+                parts = oec.unembedding_loss(hidden, W, targets, **options)
         loss, metrics = parts.loss, parts._asdict()
         if config.oec == "mu_loss":
-            mu_loss = oec.mu_loss(W, config.vocab_size)
-            loss = loss + config.mu_loss_weight * mu_loss
-            metrics["mu_loss"] = mu_loss.detach()
-        return loss, metrics | {"loss": loss.detach()}
+            metrics["mu_loss"] = oec.mu_loss(self.unembedding.weight, config.vocab_size)
+            loss = loss + config.mu_loss_weight * metrics["mu_loss"]
+        metrics["loss"] = loss
+        # Detached here, inside the compiled graph: a backward pass through the lean loss's statistics would be refused.
+        return loss, {name: value.detach() for name, value in metrics.items()}
 
     def output_embedding(self) -> Tensor:
         """The matrix the logits come from: under `mu_centering`, e_i − μ of the stored one."""
-        W = self.unembedding.weight
-        return oec.center(W, self.config.vocab_size) if self.config.oec == "mu_centering" else W
+        W, config = self.unembedding.weight, self.config
+        if config.oec != "mu_centering":
+            return W
+        loss_sees_shift = config.z_loss_weight > 0 or config.logit_softcap > 0
+        return oec.center(W, config.vocab_size, detach_mean=not loss_sees_shift)
 
     @torch.no_grad()
     def after_step(self):
@@ -240,8 +272,10 @@ def check_model_config(config: GPTConfig):
     parameters = config.n_embd * (2 * config.vocab_size + 12 * config.n_embd * config.n_layer)
     if parameters > 1e13:
         raise ValueError(f"n_layer={config.n_layer}, n_embd={config.n_embd}, vocab_size={config.vocab_size}: some {parameters:.0e} parameters, too many")
-    if config.oec not in METHODS:
-        raise ValueError(f"oec={config.oec!r} is none of {', '.join(METHODS)}")
+    for name in ("oec", "logits_dtype"):
+        words = get_args(GPTConfig.__dataclass_fields__[name].type)
+        if getattr(config, name) not in words:
+            raise ValueError(f"{name}={getattr(config, name)!r} is none of {', '.join(words)}")
     for name in ("mu_loss_weight", "z_loss_weight", "logit_softcap"):
         if not 0 <= getattr(config, name) < math.inf:
             raise ValueError(f"{name}={getattr(config, name)} must be 0 or more, and finite")

@@ -8,28 +8,21 @@ Notation, as in the paper:
     l_i      logit e_i·h, and log Z = logsumexp_i l_i
     μ        mean output embedding (1/V) Σ_i e_i; the mean logit is exactly μ·h
 
-The loss, log Z − l_target, does not see a shift common to all logits, so nothing in it holds μ, and
-Adam makes μ drift. Four remedies:
+The loss, log Z − l_target, does not see a shift that all logits share. So nothing in the loss holds μ, and
+Adam makes μ drift. A drift costs precision: a logit near 1,000 is stored in steps of 4 in bfloat16. Four remedies:
 
     μ-centering   e_i ← e_i − μ                     center, center_
     μ-loss        L ← L + λ μᵀμ                     mu_loss
     z-loss        L ← L + λ mean((log Z)²)          unembedding_loss(z_loss_weight=λ)
-    soft-capping  l ← c·tanh(l / c)                 soft_cap, unembedding_loss(soft_cap=c)
+    soft-capping  l ← c·tanh(l / c)                 unembedding_loss(soft_cap=c)
 
 Padding rows never enter a mean, a statistic or log Z. This file needs PyTorch and nothing else.
 """
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-# A chunk of logits holds about this many numbers, but has CHUNK_ROWS tokens at least: small beside the model (on a
-# CPU, inside its caches), large enough to keep the matrix units busy and additions into the weight gradient rare.
-CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**28}
-CHUNK_ROWS = 256
-
 
 # --- the mean output embedding and what is done with it ------------------------------------------
 
@@ -37,22 +30,27 @@ CHUNK_ROWS = 256
 def mean_embedding(W: Tensor, vocab_size: int | None = None) -> Tensor:
     """μ = (1/V) Σ_i e_i over the real rows of `W (padded_vocab, d)`: shape (d,), at least float32 (paper, §2).
 
-    Of a DTensor, as FSDP2 shards weights, it is the whole μ on every process, a plain tensor.
+    For a DTensor, as FSDP2 shards weights, it is the whole μ on every process, a plain tensor.
     """
     V, dtype = _real_size(W, vocab_size), torch.promote_types(W.dtype, torch.float32)
     if not _is_sharded(W):
         return _real_rows(W, V).mean(dim=0, dtype=dtype)
-    # A slice would be gathered whole on every process. `redistribute` here moves nothing, but its gradient comes sharded.
+    # Slicing would gather the whole weight on every process. `redistribute` moves nothing here; it makes the gradient sharded.
     real = torch.where(_is_real(W, V), W, 0).redistribute(placements=W.placements)
     return (real.sum(dim=0, dtype=dtype) / V).full_tensor()
 
 
-def center(W: Tensor, vocab_size: int | None = None) -> Tensor:
+def center(W: Tensor, vocab_size: int | None = None, detach_mean: bool = False) -> Tensor:
     """e_i − μ on the real rows, padding rows untouched; differentiable; shape and dtype of `W` (paper, §4).
 
-    Used in the forward pass it leaves probabilities, loss and ∂L/∂h as they were, tied weights or not.
+    In the forward pass it leaves probabilities, loss and ∂L/∂h as they were, with tied weights too.
+
+    Its exact gradient subtracts the mean of ∂L/∂W from every row. Where the loss does not see the shift (no z-loss, no
+    soft-cap) that mean is zero but for rounding, and in low precision the rounding is larger than the gradients of rare
+    tokens. `detach_mean` passes the gradient on as it is: the same in exact arithmetic, and without that error.
     """
-    centered = (W - _beside(W, mean_embedding(W, vocab_size))).to(W.dtype)
+    mu = mean_embedding(W, vocab_size)
+    centered = (W - _beside(W, mu.detach() if detach_mean else mu)).to(W.dtype)
     if vocab_size is None or vocab_size == W.shape[0]:
         return centered
     return torch.where(_is_real(W, vocab_size), centered, W)
@@ -68,14 +66,171 @@ def center_(W: Tensor, vocab_size: int | None = None) -> Tensor:
 
 
 def mu_loss(W: Tensor, vocab_size: int | None = None) -> Tensor:
-    """μᵀμ, a scalar, unweighted: the paper adds λ = 1e-4 times it to the loss (paper, §4)."""
+    """μᵀμ, a scalar, unweighted, at least float32: the paper adds λ = 1e-4 times it to the loss (paper, §4)."""
     mu = mean_embedding(W, vocab_size)
-    return mu @ mu
+    return (mu * mu).sum()  # autocast would compute mu @ mu in half precision
+
+
+def z_loss(logits: Tensor) -> Tensor:
+    """mean((log Z)²) over the tokens of `logits (…, V)`: PaLM's auxiliary loss, unweighted (arXiv 2204.02311, §5)."""
+    return torch.logsumexp(logits, dim=-1).square().mean()
 
 
 def soft_cap(logits: Tensor, cap: float) -> Tensor:
     """cap·tanh(logits/cap), elementwise; `cap = 0` means off (Gemma 2, arXiv 2408.00118)."""
     return cap * torch.tanh(logits / cap) if cap else logits
+
+
+# --- the loss they act on ------------------------------------------------------------------------
+
+
+class UnembeddingLoss(NamedTuple):
+    """Scalars. Means and the spread are taken over the counted tokens' real logits, after soft-capping."""
+
+    loss: Tensor  # cross_entropy + z_loss_weight · z_loss
+    cross_entropy: Tensor  # mean of log Z − l_target, nats
+    z_loss: Tensor  # mean of (log Z)², unweighted
+    log_z: Tensor  # mean of log Z
+    logit_mean: Tensor
+    logit_std: Tensor  # over tokens and vocabulary
+    logit_absmax: Tensor
+    rounding_nats: Tensor  # what storing the logits in their dtype costs, `rounding_nats`; nan under a soft-cap; no gradient
+
+
+_soft_cap = soft_cap  # `unembedding_loss` has an argument of that name
+
+
+def unembedding_loss(
+    hidden: Tensor,
+    W: Tensor,
+    targets: Tensor,
+    *,
+    vocab_size: int | None = None,
+    z_loss_weight: float = 0.0,
+    soft_cap: float = 0.0,
+    ignore_index: int = -1,
+) -> UnembeddingLoss:
+    """Cross-entropy and z-loss of the logits `hidden @ W.T`, with their statistics, in plain PyTorch.
+
+    hidden (N, d), W (padded_vocab, d), targets (N,) int64; tokens whose target is `ignore_index` do not count, and
+    without any counted token the loss is 0. The logits are computed in autocast's dtype, all else in at least float32.
+    Every entry can be differentiated, any number of times. It holds all N × V logits;
+    `runtime/unembedding.py` computes the same in little memory. Raises ValueError for shapes that do not fit.
+    """
+    check_arguments(hidden, W, targets, z_loss_weight, soft_cap)
+    stored = hidden @ _real_rows(W, vocab_size).to(hidden.dtype).T  # (N, V), in low precision under autocast
+    logits = _soft_cap(stored.to(torch.promote_types(stored.dtype, torch.float32)), soft_cap)
+    counted = targets != ignore_index  # (N,)
+    n_counted = counted.sum().clamp(min=1)
+
+    def mean(values: Tensor) -> Tensor:  # over the counted tokens
+        return torch.where(counted, values, 0.0).sum() / n_counted
+
+    log_z = torch.logsumexp(logits, dim=1)
+    l_target = logits.gather(1, torch.where(counted, targets, 0)[:, None])[:, 0]
+    cross_entropy = mean(log_z - l_target)
+    z_loss = mean(log_z.square())
+    logit_mean = mean(logits.mean(dim=1))
+    variance = mean((logits - logit_mean).square().mean(dim=1))
+    logit_std = torch.where(variance > 0, variance, 1.0).sqrt() * (variance > 0)  # its gradient is finite at 0 too
+    sizes = torch.where(counted[:, None], logits.abs(), 0.0)
+    logit_absmax = sizes.amax() if len(hidden) else sizes.sum()
+    logit_rms = logits.detach().square().mean(dim=1).sqrt()
+    nats = mean(rounding_nats(logit_rms, stored.dtype)) if not soft_cap else torch.full_like(cross_entropy, torch.nan)
+    loss = cross_entropy + z_loss_weight * z_loss
+    return UnembeddingLoss(loss, cross_entropy, z_loss, mean(log_z), logit_mean, logit_std, logit_absmax, nats.detach())
+
+
+def check_arguments(hidden: Tensor, W: Tensor, targets: Tensor, z_loss_weight: float, soft_cap: float):
+    """ValueError, one line, for arguments of `unembedding_loss` that do not fit together."""
+    if hidden.ndim != 2 or W.ndim != 2 or hidden.shape[1] != W.shape[1] or targets.shape != hidden.shape[:1]:
+        raise ValueError(
+            "unembedding_loss takes hidden (N, d), W (padded_vocab, d) and targets (N,), not "
+            f"{tuple(hidden.shape)}, {tuple(W.shape)} and {tuple(targets.shape)}"
+        )
+    if z_loss_weight < 0 or soft_cap < 0:
+        raise ValueError("z_loss_weight and soft_cap must not be negative")
+
+
+# --- what a drift costs --------------------------------------------------------------------------
+
+
+def rounding_nats(logit_rms: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """What rounding logits of size `logit_rms` to `dtype` adds to the cross-entropy, in nats, to first order; elementwise.
+
+    Neighbouring numbers of `dtype` around size s are spacing(s) apart. Rounding adds an error of variance spacing²/12 to
+    each logit, and independent errors of variance v add v/2 to E[log Z − l_target]: spacing(s)²/24 in all. It
+    overstates the cost above about half a nat, and is nan where `dtype` overflows. Shape of `logit_rms`, at least float32,
+    without a gradient.
+    """
+    info = torch.finfo(dtype)
+    size = logit_rms.detach().to(torch.promote_types(logit_rms.dtype, torch.float32)).abs()
+    exponent = torch.frexp(size.clamp(min=info.tiny)).exponent - 1  # size is in [2^exponent, 2^(exponent + 1))
+    spacing = torch.ldexp(torch.full_like(size, info.eps), exponent)
+    return torch.where(size <= info.max, spacing.square() / 24, torch.nan)
+
+
+@torch.no_grad()
+def diagnose(hidden: Tensor, W: Tensor, vocab_size: int | None = None) -> dict[str, float]:
+    """How far a model's logits have drifted, and what their rounding costs: for anybody's running trainer, in one call.
+
+    hidden (…, d) final hidden states of real text, W (padded_vocab, d) the unembedding weight as the model uses it.
+    logit_mean · token_mean_std the spread over tokens of a token's mean logit · logit_std · logit_absmax ·
+    mu_norm ‖μ‖ · mu_ratio ‖μ‖ / mean ‖e_i‖ · cosine of μ with the mean hidden state ·
+    rounding_nats_bfloat16 and rounding_nats_float16, the loss (nats) if the logits are stored in that dtype.
+    Computed in float32 (float64 for float64 input), a chunk of tokens at a time. ValueError for shapes that do not fit.
+    """
+    if hidden.shape[-1:] != W.shape[1:] or hidden.numel() == 0:
+        raise ValueError(f"diagnose takes hidden (…, {W.shape[-1]}) of at least one token, not {tuple(hidden.shape)}")
+    dtype = torch.promote_types(torch.promote_types(hidden.dtype, W.dtype), torch.float32)
+    rows, tokens = _real_rows(W, vocab_size).to(dtype), hidden.flatten(0, -2).to(dtype)
+    mu, mean_hidden, tiny = rows.mean(dim=0), tokens.mean(dim=0), torch.finfo(dtype).tiny
+    parts = []  # of each token: the mean, the variance and the largest magnitude of its logits
+    with torch.autocast(W.device.type, enabled=False):
+        for h in tokens.split(max(1, 2**26 // len(rows))):
+            logits = h @ rows.T
+            variance, mean = torch.var_mean(logits, dim=1, correction=0)
+            parts.append(torch.stack((mean, variance, logits.abs().amax(dim=1))).double())
+    mean, variance, absmax = torch.cat(parts, dim=1)
+    logit_rms = (variance + mean.square()).sqrt()
+    values = {
+        "logit_mean": mean.mean(),
+        "token_mean_std": mean.std(correction=0),
+        "logit_std": (variance.mean() + mean.var(correction=0)).sqrt(),
+        "logit_absmax": absmax.amax(),
+        "mu_norm": mu.norm(),
+        "mu_ratio": mu.norm() / rows.norm(dim=1).mean().clamp(min=tiny),
+        "cosine": (mu * mean_hidden).sum() / (mu.norm() * mean_hidden.norm()).clamp(min=tiny),
+        "rounding_nats_bfloat16": rounding_nats(logit_rms, torch.bfloat16).mean(),
+        "rounding_nats_float16": rounding_nats(logit_rms, torch.float16).mean(),
+    }
+    return {name: value.item() for name, value in values.items()}
+
+
+@torch.no_grad()
+def geometry(W: Tensor, vocab_size: int | None = None) -> dict[str, float]:
+    """How far the output embeddings share a common direction (paper, §2).
+
+    mu_norm ‖μ‖ · mean_norm mean ‖e_i‖ · mu_ratio their quotient · max_norm · mean_cosine mean cos(e_i, μ) ·
+    isotropy min_c Z(c) / max_c Z(c) with Z(c) = Σ_i exp(e_i·c) along the unit eigenvectors c of WᵀW
+    (Arora et al. 2016; Mu & Viswanath 2018): 1 is isotropic. Computed in float64, exponents in the log domain.
+    """
+    E = _real_rows(W, vocab_size).double()
+    mu, norms, tiny = E.mean(dim=0), E.norm(dim=1), torch.finfo(torch.float64).tiny
+    eigenvectors = torch.linalg.eigh(E.T @ E).eigenvectors  # columns
+    log_partition = torch.logsumexp(E @ eigenvectors, dim=0)
+    values = {
+        "mu_norm": mu.norm(),
+        "mean_norm": norms.mean(),
+        "mu_ratio": mu.norm() / norms.mean().clamp(min=tiny),
+        "max_norm": norms.max(),
+        "mean_cosine": (E @ mu / (norms * mu.norm()).clamp(min=tiny)).mean(),
+        "isotropy": (log_partition.min() - log_partition.max()).exp(),
+    }
+    return {name: value.item() for name, value in values.items()}
+
+
+# --- real rows, and weights that FSDP2 shards over processes --------------------------------------
 
 
 def _real_size(W: Tensor, vocab_size: int | None) -> int:
@@ -106,203 +261,3 @@ def _beside(W: Tensor, tensor: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor, Replicate
 
     return DTensor.from_local(tensor, W.device_mesh, [Replicate()] * W.device_mesh.ndim)
-
-
-# --- the unembedding and its loss ----------------------------------------------------------------
-
-
-class UnembeddingLoss(NamedTuple):
-    """Scalars. Only `loss` carries a gradient. Means and the spread are over the counted tokens' real logits."""
-
-    loss: Tensor  # cross_entropy + z_loss_weight · z_loss
-    cross_entropy: Tensor  # mean of log Z − l_target, nats
-    z_loss: Tensor  # mean of (log Z)², unweighted
-    log_z: Tensor  # mean of log Z
-    logit_mean: Tensor
-    logit_std: Tensor
-    logit_absmax: Tensor
-
-
-def unembedding_loss(
-    hidden: Tensor,
-    W: Tensor,
-    targets: Tensor,
-    *,
-    vocab_size: int | None = None,
-    z_loss_weight: float = 0.0,
-    soft_cap: float = 0.0,
-    ignore_index: int = -1,
-    chunk_rows: int = 0,
-) -> UnembeddingLoss:
-    """Cross-entropy and z-loss of the logits `hidden @ W.T`, with their statistics, a chunk of tokens at a time.
-
-    hidden (N, d), W (padded_vocab, d), targets (N,) int64; tokens whose target is `ignore_index` do not
-    count. The whole (N, padded_vocab) logits never exist: each chunk's gradient is formed while its logits
-    are at hand, so forward and backward cost three matrix products in all. `chunk_rows` is the tokens in a
-    chunk, 0 to choose by size. Logits and statistics are those the softmax sees, after soft-capping.
-    Matrix products run in autocast's dtype, all else in float32 (float64 for float64 input).
-    With no counted token at all the loss is 0. Raises ValueError for shapes that do not fit.
-    """
-    if hidden.ndim != 2 or W.ndim != 2 or hidden.shape[1] != W.shape[1] or targets.shape != hidden.shape[:1]:
-        raise ValueError(
-            "unembedding_loss takes hidden (N, d), W (padded_vocab, d) and targets (N,), not "
-            f"{tuple(hidden.shape)}, {tuple(W.shape)} and {tuple(targets.shape)}"
-        )
-    if z_loss_weight < 0 or soft_cap < 0 or chunk_rows < 0:
-        raise ValueError("z_loss_weight, soft_cap and chunk_rows must not be negative")
-    vocab_size = _real_size(W, vocab_size)
-    device = hidden.device.type
-    compute_dtype = hidden.dtype
-    if torch.is_autocast_enabled(device) and compute_dtype != torch.float64:
-        compute_dtype = torch.get_autocast_dtype(device)
-    if chunk_rows == 0:
-        most = max(CHUNK_ROWS, CHUNK_ELEMENTS.get(device, 2**26) // W.shape[0])
-        chunks = max(1, -(-len(hidden) // most))
-        chunk_rows = max(1, -(-len(hidden) // chunks))  # all chunks about equal
-    needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or W.requires_grad)
-    options = (vocab_size, z_loss_weight, soft_cap, ignore_index, chunk_rows, compute_dtype, needs_grad)
-    loss, statistics, *_ = _unembedding(hidden, W, targets, *options, torch.compiler.is_compiling())
-    return UnembeddingLoss(loss, *statistics.detach().unbind())
-
-
-# One operator, opaque to the compiler: left to itself it would fuse the chunks and hold all their logits at once.
-@torch.library.custom_op("nanooec::unembedding", mutates_args=())
-def _unembedding(
-    hidden: Tensor, W: Tensor, targets: Tensor, vocab_size: int, z_weight: float, cap: float, ignore_index: int,
-    chunk_rows: int, dtype: torch.dtype, needs_grad: bool, compiled: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Loss, the other scalars of UnembeddingLoss, ∂(sum over tokens)/∂hidden and ∂/∂W, and 1/count.
-
-    Gradients are formed here, where the logits are, as sums over tokens. The 1/count waits for `backward` and float32:
-    half precision would lose it, since 1/N times a probability of one in 50,000 is below float16's smallest number.
-    """
-    wide = torch.promote_types(dtype, torch.float32)
-    softmax_pass = _compiled_softmax_pass() if compiled else _softmax_pass
-    (N, d), rows = hidden.shape, W.shape[0]
-    with torch.autocast(hidden.device.type, enabled=False):
-        hidden_low, W_low = hidden.to(dtype), W.to(dtype)
-        buffer = hidden_low.new_empty(min(chunk_rows, N), rows)  # one chunk's logits, then their gradient
-        statistics = hidden.new_empty(5, N, dtype=wide)
-        grad_hidden = hidden_low.new_empty(N if needs_grad else 0, d)
-        grad_W = W.new_zeros(rows if needs_grad else 0, d, dtype=wide)
-        for first in range(0, N, chunk_rows):
-            chunk = slice(first, first + chunk_rows)
-            h, target = hidden_low[chunk], targets[chunk]
-            logits = torch.mm(h, W_low.T, out=buffer[: len(h)])
-            real = logits[:, :vocab_size]
-            statistics[:, chunk] = softmax_pass(real, target, z_weight, cap, ignore_index, wide, needs_grad)
-            if needs_grad:
-                logits[:, vocab_size:] = 0
-                torch.mm(logits, W_low, out=grad_hidden[chunk])
-                grad_W.addmm_(logits.T, h) if dtype == wide else grad_W.add_(logits.T @ h)
-        loss, reported, inverse_count = _reduce(statistics, targets != ignore_index, z_weight)
-    return loss, reported, grad_hidden, grad_W, inverse_count
-
-
-@_unembedding.register_fake
-def _(hidden, W, targets, vocab_size, z_weight, cap, ignore_index, chunk_rows, dtype, needs_grad, compiled):
-    wide, n = torch.promote_types(dtype, torch.float32), int(needs_grad)
-    scalar = hidden.new_empty((), dtype=wide)
-    grad_hidden = hidden.new_empty(n * hidden.shape[0], hidden.shape[1], dtype=dtype)
-    grad_W = W.new_empty(n * W.shape[0], W.shape[1], dtype=wide)
-    return scalar, hidden.new_empty(6, dtype=wide), grad_hidden, grad_W, torch.empty_like(scalar)
-
-
-def _save_gradients(ctx, inputs, output):
-    ctx.save_for_backward(*output[2:])
-    ctx.dtypes = inputs[0].dtype, inputs[1].dtype
-
-
-def _scale_gradients(ctx, grad_loss, *_):
-    grad_hidden, grad_W, inverse_count = ctx.saved_tensors
-    scale = grad_loss * inverse_count
-    return (grad_hidden * scale).to(ctx.dtypes[0]), (grad_W * scale).to(ctx.dtypes[1]), *[None] * 9
-
-
-_unembedding.register_autograd(_scale_gradients, setup_context=_save_gradients)
-
-
-def _softmax_pass(logits, target, z_weight, cap, ignore_index, wide, needs_grad):
-    """One chunk: five numbers a token, (5, rows); `logits` become ∂(Σ over tokens of the loss)/∂(logits before the cap).
-
-        L         = log Z − l_target + λ (log Z)²
-        ∂L/∂l_i   = p_i (1 + 2 λ log Z) − 1[i = target]
-        l         = c·tanh(raw / c) = 2c·σ(2 raw / c) − c   gives   ∂l/∂raw = 1 − (l/c)²
-
-    Mean and variance of a token's logits are taken about its largest logit: nothing cancels when all of
-    them have drifted far from zero together, which is the case worth watching.
-    """
-
-    def capped(raw):  # the sigmoid takes a third of tanh's time on a CPU; it is wide here, and tanh's equal to rounding
-        return 2 * cap * torch.sigmoid(raw * (2 / cap)) - cap if cap else raw
-
-    raw = logits.to(wide)  # (rows, V)
-    highest, lowest = capped(raw.amax(dim=1, keepdim=True)), capped(raw.amin(dim=1, keepdim=True))  # (rows, 1)
-    l = capped(raw)
-    below_highest = l - highest
-    log_sum = below_highest.exp().sum(dim=1, keepdim=True).log()
-    log_z = highest + log_sum
-
-    vocab_size = logits.shape[1]
-    is_counted = (target != ignore_index)[:, None]
-    target = torch.where(is_counted, target[:, None], 0)
-    l_target = capped(raw.gather(1, target))
-    mean_distance = below_highest.sum(dim=1, keepdim=True) / vocab_size
-    variance = below_highest.square().sum(dim=1, keepdim=True) / vocab_size - mean_distance.square()
-    absmax = torch.maximum(highest.abs(), lowest.abs())
-    statistics = torch.cat((log_z, l_target, highest + mean_distance, variance, absmax), dim=1).T
-    if needs_grad:
-        is_target = torch.arange(vocab_size, device=l.device, dtype=torch.int32) == target.int()
-        # The probability once more from its exponent: cheaper than a second buffer of a chunk's size.
-        grad = (below_highest - log_sum).exp() * (1 + 2 * z_weight * log_z) - is_target.to(wide)
-        if cap:
-            grad = grad * (1 - (l / cap).square())
-        logits.copy_(torch.where(is_counted, grad, 0.0))
-    return statistics
-
-
-@cache
-def _compiled_softmax_pass():
-    return torch.compile(_softmax_pass, dynamic=False)
-
-
-def _reduce(statistics, counted, z_weight):
-    """(5, N) numbers of tokens to the loss, the other scalars of UnembeddingLoss as one vector, and 1/count."""
-    log_z, l_target, mean, variance, absmax = torch.where(counted, statistics, 0.0)
-    inverse_count = 1 / counted.sum().clamp(min=1).to(log_z.dtype)
-    cross_entropy = (log_z - l_target).sum() * inverse_count
-    z_loss = log_z.square().sum() * inverse_count
-    logit_mean = mean.sum() * inverse_count
-    # The variance of all logits is the mean variance within a token plus the variance of the tokens' means.
-    spread = torch.where(counted, mean - logit_mean, 0.0).square()
-    logit_std = ((variance + spread).sum() * inverse_count).clamp(min=0).sqrt()
-    log_z_mean = log_z.sum() * inverse_count
-    reported = torch.stack((cross_entropy, z_loss, log_z_mean, logit_mean, logit_std, absmax.amax()))
-    return cross_entropy + z_weight * z_loss, reported, inverse_count
-
-
-# --- geometry ------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def geometry(W: Tensor, vocab_size: int | None = None) -> dict[str, float]:
-    """How far the output embeddings share a common direction (paper, §2).
-
-    mu_norm ‖μ‖ · mean_norm mean ‖e_i‖ · mu_ratio their quotient · max_norm · mean_cosine mean cos(e_i, μ) ·
-    isotropy min_c Z(c) / max_c Z(c) with Z(c) = Σ_i exp(e_i·c) along the unit eigenvectors c of WᵀW
-    (Arora et al. 2016; Mu & Viswanath 2018): 1 is isotropic. Computed in float64, exponents in the log domain.
-    """
-    E = _real_rows(W, vocab_size).double()
-    mu, norms = E.mean(dim=0), E.norm(dim=1)
-    mu_norm, mean_norm = mu.norm(), norms.mean()
-    tiny = torch.finfo(E.dtype).tiny
-    eigenvectors = torch.linalg.eigh(E.T @ E).eigenvectors  # columns
-    log_partition = torch.logsumexp(E @ eigenvectors, dim=0)
-    return {
-        "mu_norm": mu_norm.item(),
-        "mean_norm": mean_norm.item(),
-        "mu_ratio": (mu_norm / mean_norm.clamp(min=tiny)).item(),
-        "max_norm": norms.max().item(),
-        "mean_cosine": (E @ mu / (norms * mu_norm).clamp(min=tiny)).mean().item(),
-        "isotropy": (log_partition.min() - log_partition.max()).exp().item(),
-    }

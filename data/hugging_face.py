@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from data.shards import fail
+from runtime.errors import fail
 
 
 class HuggingFaceDocuments:

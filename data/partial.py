@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.shards import fail, open_shard, shard_header
+from data.shards import open_shard, shard_header
+from runtime.errors import fail
 
 VOCABULARY_FILE = "vocabulary.tiktoken"
 

@@ -17,7 +17,8 @@ import numpy as np
 import tiktoken
 
 from data.partial import check_space, finish, move_in, partial_folder, read_record, write_json
-from data.shards import HEADER_INTS, available_cores, fail, open_shard, shard_header
+from data.shards import HEADER_INTS, open_shard, shard_header
+from runtime.errors import fail
 
 # How text is cut into words before byte pairs are merged; a .tiktoken file does not say. GPT-2's, by OpenAI.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -42,6 +43,10 @@ def load_tokenizer(name: str, folder: Path = Path()) -> tiktoken.Encoding:
     except (OSError, ValueError) as error:
         fail(f"{path} is no usable .tiktoken file: {error}")
     return tiktoken.Encoding(path.stem, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)})
+
+
+def available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class ShardWriter:

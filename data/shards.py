@@ -9,27 +9,17 @@ import hashlib
 import json
 import os
 import queue
-import sys
 import threading
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from runtime.errors import fail
+
 HEADER_INTS = 256
 # magic number: (version, token type)
 FORMATS = {20240520: (1, np.uint16), 20240801: (7, np.uint32)}
-
-
-def fail(message: str):
-    """A user's mistake: one line that says what was wrong, where, and what to do; exit status 2."""
-    printable = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
-    print(f"nanoOEC: {printable}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
-
-
-def available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # --- format --------------------------------------------------------------------------------------
@@ -133,6 +123,11 @@ def read_meta(folder: Path) -> dict:
     if not good or meta["vocab_size"] < 1:
         fail(f"{path} lacks vocab_size or tokenizer: prepare the dataset again, or delete that file if the shards are not ours")
     return meta
+
+
+def dataset_folder(dataset: str, data_dir: str) -> Path:
+    """Where the shards of a run with these settings are."""
+    return Path(data_dir) if data_dir else Path(__file__).resolve().parent / dataset
 
 
 def open_dataset(folder: Path, block_size: int, vocab_size: int) -> tuple[TokenWindows, TokenWindows]:

@@ -84,7 +84,8 @@ def tiny_arguments(data: Path, out: Path, **changes) -> list[str]:
 @pytest.fixture
 def train_here():
     """Trains in this process and gives back the Trainer."""
-    from train import Trainer, load_config, start_machine
+    from runtime.machine import start_machine
+    from train import Trainer, load_config
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     threads = torch.get_num_threads()

@@ -1,11 +1,13 @@
 """data/: the shard format, the order of samples, the loader, documents to shards."""
 
 import argparse
+import base64
 import fcntl
 import gzip
 import json
 import lzma
 import os
+import random
 import shutil
 import struct
 import subprocess
@@ -24,9 +26,8 @@ from data.prepare import load_tokenizer, prepare
 from data.shards import (
     Loader, TokenWindows, open_dataset, open_shard, permute, read_meta, samples_of_process, windows_of_samples,
 )  # fmt: skip
-from data.stdlib.prepare import documents as stdlib_documents
 from data.text.prepare import documents as documents_of_files
-from tests.conftest import ROOT, SHARED, VOCAB, fails_in_one_line, fill, write_shard
+from tests.conftest import ROOT, VOCAB, fails_in_one_line, fill, write_shard
 
 STDLIB_VOCABULARY = str(ROOT / "data/stdlib/vocabulary.tiktoken")
 
@@ -300,11 +301,11 @@ def test_a_new_preparation_brings_its_own_vocabulary(tmp_path):
 
 @pytest.fixture(scope="module")
 def corpus() -> list[str]:
-    """Some 10 MB of real documents: of the shared corpus, or else the standard library's sources."""
-    if not SHARED.is_dir():
-        return list(islice(stdlib_documents(), 4000))
-    with lzma.open(SHARED / "corpus/docs.jsonl.xz", "rt") as file:
-        return [json.loads(line)["text"] for line in islice(file, 1500)]
+    """Some 10 MB of documents of very different lengths, the same on every machine."""
+    lines = Path(STDLIB_VOCABULARY).read_bytes().splitlines()
+    words = [base64.b64decode(line.split()[0]).decode(errors="replace").strip() or "\n" for line in lines]
+    dice = random.Random(0)
+    return [" ".join(dice.choices(words, k=dice.randint(20, 3000))) for _ in range(1500)]
 
 
 @pytest.fixture

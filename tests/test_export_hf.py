@@ -16,7 +16,7 @@ from data.partial import VOCABULARY_FILE
 from data.prepare import GPT2_PATTERN, load_tokenizer
 from model import METHODS, GPT, GPTConfig
 from tests.conftest import ROOT, VOCAB, assert_same_bits, fails_in_one_line, tiny_arguments
-from train import read_checkpoint
+from runtime.checkpoint import read_checkpoint
 
 transformers = pytest.importorskip("transformers", reason="the Hugging Face export needs: pip install transformers")
 from safetensors.torch import load_file, save_file  # noqa: E402

@@ -16,8 +16,10 @@ import pytest
 import torch
 
 import train
+from runtime.checkpoint import checkpoint_path, checkpoints, read_checkpoint
+from runtime.folder import Metrics
 from tests.conftest import (
-    assert_same_bits, command, fails_in_one_line, fill, metrics_of, run_command, tiny_arguments, tiny_folder, write_shard,
+    ROOT, assert_same_bits, command, fails_in_one_line, fill, metrics_of, run_command, tiny_arguments, tiny_folder, write_shard,
 )  # fmt: skip
 from tools.sample import load_model
 
@@ -25,7 +27,7 @@ STEPS = 60
 
 
 def state_of(out: Path, step: int = STEPS) -> dict:
-    state = train.read_checkpoint(out / f"ckpt_{step:07d}.pt")
+    state = read_checkpoint(out / f"ckpt_{step:07d}.pt")
     for name in ("out_dir", "data_dir", "resume"):
         del state["config"][name]
     return state
@@ -132,7 +134,7 @@ def test_a_signal_saves_and_leaves_with_0(undisturbed, tmp_path, number):
     output, _ = run.communicate(timeout=60)
     assert run.returncode == 0 and "stopped at step" in output, output
     newest = sorted(out.glob("ckpt_*.pt"))[-1]
-    assert train.read_checkpoint(newest)["step"] == metrics_of(out)[-1]["step"]  # the step in flight is not lost
+    assert read_checkpoint(newest)["step"] == metrics_of(out)[-1]["step"]  # the step in flight is not lost
     assert run_command(tiny_arguments(data, out, max_steps=STEPS, eval_interval=5)).returncode == 0
     assert_same_run(expected, out)
 
@@ -150,7 +152,7 @@ def test_a_second_ctrl_c_stops_at_once(data, tmp_path):
     output, _ = run.communicate(timeout=10)
     assert run.returncode == 130 and "stopped at once" in output and "Traceback" not in output, output
     assert time.monotonic() - asked < 1
-    assert train.read_checkpoint(sorted(out.glob("ckpt_*.pt"))[-1])["step"] >= 1
+    assert read_checkpoint(sorted(out.glob("ckpt_*.pt"))[-1])["step"] >= 1
 
 
 def workers_of(run: subprocess.Popen) -> list[int]:
@@ -167,7 +169,7 @@ def test_a_signal_stops_all_processes_with_a_checkpoint(data, tmp_path, receiver
     os.kill(workers_of(run)[1] if receiver == "worker" else run.pid, number)
     output, _ = run.communicate(timeout=60)  # until the workers too have closed their end of the pipe
     assert run.returncode == status and "stopped at step" in output, output
-    assert train.read_checkpoint(sorted(out.glob("ckpt_*.pt"))[-1])["step"] == metrics_of(out)[-1]["step"]
+    assert read_checkpoint(sorted(out.glob("ckpt_*.pt"))[-1])["step"] == metrics_of(out)[-1]["step"]
 
 
 def test_a_worker_that_dies_is_replaced(data, tmp_path):
@@ -238,10 +240,10 @@ train.main()
 
 def test_one_process_with_a_nan_skips_the_step_on_all(data, tmp_path):
     script, out = tmp_path / "poisoned.py", tmp_path / "out"
-    script.write_text(f"import sys\nsys.path.insert(0, {str(train.ROOT)!r})\n{POISONED}")
+    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{POISONED}")
     run = start(data, out, processes=2, launch={"script": script}, max_steps=12)
     assert run.wait(timeout=120) == 0, run.stdout.read()
-    assert {int(s["step"]) for s in state_of(out, 12)["optimizer"]["state"].values()} == {11}
+    assert {int(s["step"]) for s in state_of(out, 12)["optimizers"][0]["state"].values()} == {11}
     assert [x["bad_steps"] for x in metrics_of(out) if x["split"] == "train"] == [0] * 5 + [1] * 7
     first, second = (torch.load(out / f"rank{rank}.state", weights_only=True) for rank in (0, 1))
     assert_same_bits(dict(first), dict(second))
@@ -259,7 +261,7 @@ def test_a_disk_that_refuses_a_checkpoint(data, tmp_path, stop):
     arguments = command(tiny_arguments(data, out, stop_on_write_error=stop))
     done = subprocess.run(arguments, preexec_fn=limit, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2, done.stderr  # at the first one or, where it may go on without, at the last one
-    assert ("going on" in done.stderr) != stop
+    assert ("training continues" in done.stderr) != stop
     assert "cannot be written" in done.stderr and "Traceback" not in done.stderr
     assert not list(out.glob("ckpt*")) and not list(out.glob("*.tmp"))
     assert len(metrics_of(out)) == (5 if stop else 15)
@@ -281,7 +283,7 @@ def test_a_run_does_not_need_its_standard_output(data, tmp_path, listener):
 
 def test_a_disk_that_refuses_a_metrics_line(tmp_path):
     """The line waits, no part of it stays, and it is there once there is room."""
-    metrics = train.Metrics(tmp_path / "metrics.jsonl", 0)
+    metrics = Metrics(tmp_path / "metrics.jsonl", 0)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     metrics.write(step=1, loss=1.0)
     whole = (tmp_path / "metrics.jsonl").read_bytes()
@@ -315,17 +317,17 @@ def test_a_disk_that_fills_up_or_a_folder_that_turns_read_only_during_a_run(requ
     break_it(out)
     lines = iter(run.stdout.readline, "")
     try:
-        assert any("cannot be written" in line and "going on" in line for line in lines)
+        assert any("cannot be written" in line and "training continues" in line for line in lines)
     finally:
         mend(out)
-    assert all(train.read_checkpoint(path) for path in train.checkpoints(out))
+    assert all(read_checkpoint(path) for path in checkpoints(out))
     assert any("validation loss" in line for line in lines)
     run.terminate()
     output, _ = run.communicate(timeout=60)
     assert run.returncode == 0 and "stopped at step" in output and "Traceback" not in output, output
     steps = [x["step"] for x in metrics_of(out) if x["split"] == "train"]
     assert steps == list(range(1, len(steps) + 1))
-    assert train.read_checkpoint(train.checkpoints(out)[-1])["step"] == steps[-1]
+    assert read_checkpoint(checkpoints(out)[-1])["step"] == steps[-1]
     assert not list(out.glob("*.tmp"))
 
 
@@ -393,7 +395,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside(finished, train_here, capsys, 
     capsys.readouterr()
     assert train_here(arguments).step == 16
     output = capsys.readouterr().out
-    assert "ckpt_0000012.pt is no whole checkpoint" in output and "at step 8" in output
+    assert "ckpt_0000012.pt is not a whole checkpoint" in output and "at step 8" in output
     assert "renamed to ckpt_0000012.pt.damaged" in output
     assert (out / "ckpt_0000012.pt.damaged").read_bytes() == damaged  # theirs to look at
     assert kept and [x["step"] for x in metrics_of(out) if x["split"] == "train"] == list(range(1, 17))
@@ -401,10 +403,10 @@ def test_a_damaged_newest_checkpoint_is_set_aside(finished, train_here, capsys, 
 
 def test_moments_of_the_wrong_shape_are_refused(finished, train_here, capsys):
     out, arguments = finished
-    state = train.read_checkpoint(out / "ckpt_0000012.pt")
-    state["optimizer"]["state"][0]["exp_avg"] = torch.zeros(1)
+    state = read_checkpoint(out / "ckpt_0000012.pt")
+    state["optimizers"][0]["state"][0]["exp_avg"] = torch.zeros(1)
     torch.save(state, out / "ckpt_0000012.pt")
-    assert "moments" in fails_in_one_line(capsys, train_here, arguments)
+    assert "exp_avg is of shape (1,)" in fails_in_one_line(capsys, train_here, arguments)
 
 
 def test_other_files_in_the_folder_are_left_alone(finished, train_here):
@@ -419,8 +421,8 @@ def test_other_files_in_the_folder_are_left_alone(finished, train_here):
 
 def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
     for step in (9_999_999, 10_000_000, 8):
-        train.checkpoint_path(tmp_path, step).touch()
-    assert [int(path.stem[5:]) for path in train.checkpoints(tmp_path)] == [8, 9_999_999, 10_000_000]
+        checkpoint_path(tmp_path, step).touch()
+    assert [int(path.stem[5:]) for path in checkpoints(tmp_path)] == [8, 9_999_999, 10_000_000]
 
 
 def test_a_folder_that_holds_other_things_is_refused(data, tmp_path, train_here, capsys):
@@ -428,7 +430,7 @@ def test_a_folder_that_holds_other_things_is_refused(data, tmp_path, train_here,
         folder = tmp_path / name
         folder.mkdir()
         (folder / name).write_text('{"mine": 1}')
-        assert "no run's" in fails_in_one_line(capsys, train_here, tiny_arguments(data, folder))
+        assert "not a run's" in fails_in_one_line(capsys, train_here, tiny_arguments(data, folder))
         assert (folder / name).read_text() == '{"mine": 1}'
 
 
@@ -504,9 +506,9 @@ class Payload:
 @pytest.mark.parametrize("form", ("torch", "pickle"))
 def test_a_checkpoint_never_runs_anything(finished, tmp_path, train_here, capsys, form):
     out, arguments = finished
-    proof, state = tmp_path / "executed", train.read_checkpoint(out / "ckpt_0000012.pt")
+    proof, state = tmp_path / "executed", read_checkpoint(out / "ckpt_0000012.pt")
     hostile = out / "ckpt_0000012.pt"
-    state["optimizer"] = Payload(proof)
+    state["optimizers"] = Payload(proof)
     torch.save(state, hostile) if form == "torch" else hostile.write_bytes(pickle.dumps(state))
     capsys.readouterr()
     fails_in_one_line(capsys, load_model, hostile)

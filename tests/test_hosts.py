@@ -10,7 +10,8 @@ import torch
 from torch.distributed.run import get_args_parser
 
 from tests.conftest import ROOT, metrics_of, run_command, tiny_arguments, tiny_folder
-from train import load_config, read_checkpoint
+from runtime.checkpoint import read_checkpoint
+from train import load_config
 
 ADDRESSES = {"host-a": "10.77.0.1", "host-b": "10.77.0.2"}
 

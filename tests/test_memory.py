@@ -20,14 +20,15 @@ import torch
 from data.shards import Loader, samples_of_process
 from model import GPT
 from tools.bench import resident
-from train import Trainer, load_config, make_optimizer, start_machine
+from runtime.machine import start_machine
+from train import Trainer, load_config, make_optimizers
 
 config = load_config(json.loads(sys.argv[1]))
 machine = start_machine(config)
 tiny = GPT(replace(config, n_layer=1, n_head=1, n_embd=16, vocab_size=128, block_size=8))
 with machine.autocast():
     tiny(*torch.zeros(2, 1, 8, dtype=torch.int64))[0].backward()
-make_optimizer(tiny, config).step()
+[optimizer.step() for optimizer in make_optimizers(tiny, config)]
 before = resident()["VmRSS:"]
 
 trainer = Trainer(config, machine)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import oec
+import runtime.unembedding
 from model import GPT, GPTConfig, rotary_angles, rotate
 
 SMALL = GPTConfig(vocab_size=300, block_size=16, n_layer=2, n_head=2, n_embd=32)
@@ -84,10 +85,12 @@ def test_attention_is_causal_and_positions_are_relative():
     assert torch.equal(turned[0][:, 8:], query[0, 0, :, 8:].expand(32, 8))  # half of each head is not rotated
 
 
+@pytest.mark.parametrize("fused_unembedding", (True, False))
 @pytest.mark.parametrize("method", ("none", "mu_loss", "mu_centering", "mu_centering_step"))
 @pytest.mark.parametrize("z_loss_weight, logit_softcap", ((0.0, 0.0), (1e-2, 0.0), (0.0, 5.0), (1e-2, 5.0)))
-def test_methods_combine(method, z_loss_weight, logit_softcap):
-    model = make(oec=method, z_loss_weight=z_loss_weight, logit_softcap=logit_softcap, mu_loss_weight=0.5).double()
+def test_methods_combine(method, z_loss_weight, logit_softcap, fused_unembedding):
+    options = {"z_loss_weight": z_loss_weight, "logit_softcap": logit_softcap, "fused_unembedding": fused_unembedding}
+    model = make(oec=method, mu_loss_weight=0.5, **options).double()
     with torch.no_grad():
         model.unembedding.weight.add_(0.7)  # a drifted μ
     loss, metrics = model(*batch())
@@ -178,6 +181,51 @@ def test_padding_rows_never_count():
             results.append((loss, *metrics.values(), model.unembedding.weight.grad, drawn))
         for a, b in zip(*results):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("logits_dtype", ("auto", "float32"))
+@pytest.mark.parametrize("method", ("none", "mu_centering", "mu_loss"))
+def test_the_lean_loss_and_the_plain_one_train_alike(logits_dtype, method):
+    results = []
+    for fused in (True, False):
+        model = make(oec=method, logits_dtype=logits_dtype, fused_unembedding=fused, z_loss_weight=0.01)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, metrics = model(*batch())
+        loss.backward()
+        results.append((metrics, torch.cat([p.grad.flatten() for p in model.parameters()])))
+    (metrics, gradient), (plain_metrics, plain_gradient) = results
+    assert metrics.keys() == plain_metrics.keys()
+    for name in metrics:
+        torch.testing.assert_close(metrics[name], plain_metrics[name], rtol=1e-2, atol=1e-3, msg=name)
+    assert (gradient - plain_gradient).norm() < 0.01 * plain_gradient.norm()
+
+
+def test_a_statistic_in_the_loss_has_its_gradient_or_raises():
+    for fused in (False, True):
+        model = make(fused_unembedding=fused)
+        parts = []
+        module, name = (runtime.unembedding, "unembedding_loss") if fused else (oec, "unembedding_loss")
+        original = getattr(module, name)
+        try:
+            setattr(module, name, lambda *a, **k: parts.append(original(*a, **k)) or parts[-1])
+            model(*batch())
+        finally:
+            setattr(module, name, original)
+        loss = parts[0].loss + 0.1 * parts[0].logit_mean ** 2
+        if fused:
+            with pytest.raises(RuntimeError, match="--fused_unembedding=False"):
+                loss.backward()
+        else:
+            loss.backward()
+            pulled = model.unembedding.weight.grad[:300].sum(dim=0).norm()
+            assert pulled > 1e-6  # the gradient of cross-entropy alone sums to zero over the rows
+
+
+def test_the_final_gain_can_be_kept_at_1():
+    model = make(final_norm_gain=False)
+    model(*batch())[0].backward()
+    assert model.final_norm.weight.grad is None and (model.final_norm.weight == 1).all()
+    assert make().final_norm.weight.requires_grad
 
 
 def test_generate():

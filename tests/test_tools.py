@@ -13,7 +13,7 @@ import time
 import pytest
 import torch
 
-import oec
+import runtime.unembedding
 from data.prepare import prepare
 from tests.conftest import ROOT, fails_in_one_line, metrics_of, run_command, tiny_arguments
 from tools.sweep import lr_sensitivity, read_sweep
@@ -100,9 +100,9 @@ def test_a_sweep_over_the_weights_of_a_method(data, tmp_path):
     done = subprocess.run(sweep_command(data, tmp_path / "sweep", *options), cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = read_sweep(tmp_path / "sweep/sweep.csv")
-    assert [(row["method"], float(row["lambda"])) for row in rows] == [("softcap", 5), ("mu_loss", 1e-4), ("mu_loss", 1e2)]
-    assert float(rows[0]["logit_absmax"]) < 5
-    assert float(rows[2]["mu_norm"]) < 0.5 * float(rows[1]["mu_norm"])  # a large λ holds μ near zero
+    assert [(row["method"], float(row["lambda"])) for row in rows] == [("mu_loss", 1e-4), ("mu_loss", 1e2), ("softcap", 5)]
+    assert float(rows[2]["logit_absmax"]) < 5
+    assert float(rows[1]["mu_norm"]) < 0.5 * float(rows[0]["mu_norm"])  # a large λ holds μ near zero
 
 
 def test_a_sweep_is_killed_and_goes_on(data, tmp_path):
@@ -173,14 +173,15 @@ def test_row_sums_are_recorded(data, tmp_path):
     assert moved["sgd_row_sums"] < 1e-6 < 1e-2 < moved["row_sums"]
 
 
-def test_the_head_alone_in_float32(monkeypatch):
-    monkeypatch.setattr(oec, "unembedding_loss", oec.unembedding_loss)  # put back afterwards
+def test_the_head_alone_in_float32():
+    lean, why = runtime.unembedding, importlib.import_module("tools.why")
     hidden, W, targets = torch.randn(8, 16), torch.randn(50, 16), torch.arange(8)
-    exact = oec.unembedding_loss(hidden, W, targets).loss
+    exact = lean.unembedding_loss(hidden, W, targets).loss
     with torch.autocast("cpu", torch.bfloat16):
-        assert oec.unembedding_loss(hidden, W, targets).loss != exact
-        importlib.import_module("tools.why").unembed_in_float32()
-        assert oec.unembedding_loss(hidden, W, targets).loss == exact
+        assert lean.unembedding_loss(hidden, W, targets).loss != exact
+        with why.unembedding_in_float32():
+            assert lean.unembedding_loss(hidden, W, targets).loss == exact
+        assert lean.unembedding_loss(hidden, W, targets).loss != exact
 
 
 def test_why_refuses_what_it_does_not_know(refusal):

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 import train
+from runtime.checkpoint import checkpoints, read_checkpoint
+from runtime.folder import open_trackers
 from tests.conftest import fails_in_one_line, fill, metrics_of, run_command, tiny_arguments
 from tests.test_faults import leave_no_process_behind, start, wait_for_step  # noqa: F401 (a fixture)
 
@@ -116,7 +118,7 @@ def test_both_go_on_with_their_curves(tensorboard, wandb, data, tmp_path, number
     run.send_signal(number)
     output, _ = run.communicate(timeout=60)
     assert run.returncode == (0 if number == signal.SIGTERM else -number), output
-    reached = train.read_checkpoint(train.checkpoints(out)[-1])["step"]
+    reached = read_checkpoint(checkpoints(out)[-1])["step"]
     if number == signal.SIGKILL:
         assert reached == 10 < curves_of(out)["train/loss"][-1][0]  # steps that will be done again were drawn
     done = run_command(tiny_arguments(data, out, **settings))
@@ -161,7 +163,7 @@ def test_wandb_without_a_login_is_one_line(wandb, data, tmp_path, monkeypatch):
 def test_tensorboard_goes_on_once_a_full_disk_has_room(tensorboard, tmp_path, monkeypatch):
     monkeypatch.setattr(threading, "excepthook", lambda error: None)  # TensorBoard's own thread reports it as well
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    (show,) = train.open_trackers(train.TrainConfig(tensorboard=True), tmp_path, 0)
+    (show,) = open_trackers(train.TrainConfig(tensorboard=True), tmp_path, 0)
     show({"train/loss": 1.0}, 1)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (sum(path.stat().st_size for path in tmp_path.iterdir()) + 5, hard))
@@ -179,7 +181,7 @@ def test_a_disk_that_fills_up_stops_neither_training_nor_trackers(tensorboard, w
     wait_for_step(out, 11)
     fill(out)
     lines = iter(run.stdout.readline, "")
-    assert any("cannot be written" in line and "going on" in line for line in lines)
+    assert any("cannot be written" in line and "training continues" in line for line in lines)
     (out / "ballast").unlink()
     assert any("validation loss" in line for line in lines)
     run.terminate()

@@ -4,6 +4,8 @@ import copy
 import math
 import re
 import time
+import warnings
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -11,12 +13,15 @@ import torch
 
 import train
 from data.shards import Loader, open_dataset, samples_of_process
-from model import GPT, GPTConfig
+from model import GPT, METHODS, WEIGHTS, GPTConfig
+from runtime.checkpoint import read_checkpoint, save_weights
+from runtime.folder import run_name
+from runtime.settings import read_config_file
+from runtime.machine import Machine, multiply_bfloat16_in_float32, peak_flops, start_machine
 from tests.conftest import (
     VOCAB, assert_same_bits, fails_in_one_line, metrics_of, run_command, tiny_arguments, tiny_folder,
 )  # fmt: skip
-from tools.import_hf import save_weights
-from train import Machine, TrainConfig, load_config, start_machine
+from train import TrainConfig, load_config
 
 # --- configuration
 
@@ -56,7 +61,8 @@ def test_every_knob_has_a_comment_and_help_shows_it(capsys):
     assert end.value.code == 0
     text = capsys.readouterr().out
     for name in TrainConfig.__dataclass_fields__:
-        assert re.search(rf"^    {name}: \w+ = .+  # \w", text, re.MULTILINE), name
+        is_said = rf"^    {name}: \w+(\[.+\])? = .+  # \w"  # or the words of its type say it
+        assert re.search(is_said, text, re.MULTILINE) or f"    {name}: Literal" in text, name
 
 
 @pytest.mark.parametrize(
@@ -76,6 +82,15 @@ def test_every_knob_has_a_comment_and_help_shows_it(capsys):
         (["--oec=centering"], "mu_centering"),
         (["--dtype=float8"], "float16"),
         (["--device=tpu"], "cuda"),
+        (["--optimizer=sgd"], "adamw, muon"),
+        (["--schedule=linear"], "cosine, wsd"),
+        (["--logits_dtype=bfloat16"], "auto, float32"),
+        (["--decay_fraction=0"], "decay_fraction"),
+        (["--gradient_accumulation_steps=4"], "micro_batch_size"),
+        (["--max_iters=4"], "max_steps"),
+        (["--dropout=0.1"], "no dropout"),
+        (["--min_lr=1e-5"], "min_learning_rate"),
+        (["--zzz=1"], "--help lists all"),
         (["--dataset=../shared"], "--data_dir"),
         (["--dataset=/etc"], "--data_dir"),
         (["--dataset="], "--data_dir"),
@@ -106,7 +121,6 @@ def test_bad_settings_are_one_line(capsys, words, says):
         ("1 / 0", "ZeroDivisionError"),
         ("exit(0)", "SystemExit"),
         ("learning_rate = 10**400", "learning_rate"),
-        ("def helper(): pass", "helper"),
     ),
 )
 def test_bad_config_files_are_one_line(tmp_path, capsys, content, says):
@@ -114,6 +128,30 @@ def test_bad_config_files_are_one_line(tmp_path, capsys, content, says):
     file.write_text(content)
     line = fails_in_one_line(capsys, load_config, [str(file)])
     assert says in line and "bad.py" in line
+
+
+def test_functions_classes_and_modules_of_a_config_file_are_its_own(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("import os\nfrom pathlib import Path\ndef half(x): return x // 2\nn_layer = half(8)\n")
+    assert load_config([str(file)]) == TrainConfig(n_layer=4)
+
+
+def test_config_files_are_the_table_of_methods():
+    files = {"baseline": "baseline", "z_loss": "z_loss", "softcap": "softcap", "mu_loss": "mu_loss", "mu_centering": "oec"}
+    for method, file in files.items():
+        assert read_config_file(TrainConfig, f"config/{file}.py") == METHODS[method], file
+
+
+def test_names_of_runs_say_what_switches_a_remedy_on():
+    names = {method: run_name(TrainConfig(**settings), METHODS, WEIGHTS).split("-")[2] for method, settings in METHODS.items()}
+    assert names == {
+        "baseline": "baseline", "mu_loss": "mu_loss0.0001", "mu_centering": "mu_centering",
+        "mu_centering_step": "mu_centering_step", "z_loss": "z_loss0.0001", "softcap": "softcap30",
+    }  # fmt: skip
+    for method, weight in WEIGHTS.items():  # a weight of 0 switches off what it belongs to
+        assert "-baseline-" in run_name(TrainConfig(**METHODS[method] | {weight: 0.0}), METHODS, WEIGHTS)
+    both = TrainConfig(oec="mu_centering", z_loss_weight=0.5, tie_weights=True)
+    assert "-mu_centering+z_loss0.5+tied-" in run_name(both, METHODS, WEIGHTS)
 
 
 def test_a_batch_must_divide_over_the_processes(monkeypatch, capsys):
@@ -152,13 +190,25 @@ def test_learning_rate_warms_up_and_falls_along_a_cosine():
     assert train.learning_rate(TrainConfig(max_steps=1, warmup_steps=0), 0) == 6e-4
 
 
-def test_optimizer_groups_hold_each_parameter_once():
-    config = TrainConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=300, weight_decay=0.3, tie_weights=True)
+def test_wsd_is_constant_and_then_falls_along_a_line():
+    config = TrainConfig(max_steps=100, warmup_steps=10, learning_rate=1.0, min_learning_rate=0.1, schedule="wsd", decay_fraction=0.2)
+    rates = [train.learning_rate(config, step) for step in range(100)]
+    assert rates[9:80] == [1.0] * 71 and rates[99] == pytest.approx(0.1)
+    assert np.diff(rates[80:]) == pytest.approx([-0.9 / 20] * 19)
+
+
+@pytest.mark.parametrize("optimizer", ("adamw", "muon"))
+def test_optimizer_groups_hold_each_parameter_once(optimizer):
+    config = TrainConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=300, weight_decay=0.3, tie_weights=True, optimizer=optimizer)
     model = train.GPT(config)
-    decayed, others = train.make_optimizer(model, config).param_groups
+    *before, adamw = train.make_optimizers(model, config)
+    decayed, others = adamw.param_groups
     assert decayed["weight_decay"] == 0.3 and others["weight_decay"] == 0
-    assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
+    groups = [group for x in (*before, adamw) for group in x.param_groups]
+    assert sorted(id(p) for group in groups for p in group["params"]) == sorted(map(id, model.parameters()))
     assert all(p.ndim == 2 for p in decayed["params"]) and all(p.ndim == 1 for p in others["params"])
+    if optimizer == "muon":
+        assert len(before[0].param_groups[0]["params"]) == 2 * 5 and [id(p) for p in decayed["params"]] == [id(model.embedding.weight)]
 
 
 def test_averages_are_those_of_one_pass_over_all_tokens():
@@ -170,6 +220,12 @@ def test_averages_are_those_of_one_pass_over_all_tokens():
     averaged = train.average(parts, Machine(0, 1, torch.device("cpu"), torch.float32))
     for name, value in whole.items():
         torch.testing.assert_close(averaged[name], value, msg=name)
+
+
+def test_a_metric_that_nobody_says_how_to_average_is_refused(capsys):
+    machine = Machine(0, 1, torch.device("cpu"), torch.float32)
+    passes = [(1, {"loss": torch.tensor(1.0), "surprise": torch.tensor(2.0)})]
+    assert "'surprise'" in fails_in_one_line(capsys, train.average, passes, machine)
 
 
 def test_evaluation_does_not_depend_on_the_micro_batch(data, tmp_path, train_here):
@@ -193,7 +249,7 @@ def test_a_run_leaves_what_the_design_says(data, tmp_path, train_here):
     fields = "step tokens loss cross_entropy lr grad_norm tokens_per_second mfu log_z logit_mean logit_std logit_absmax mu_norm mu_ratio"
     assert set(fields.split()) <= lines[0].keys()
     assert lines[0]["tokens"] == 8 * 32 and lines[-1]["loss"] < lines[0]["loss"] - 1
-    state = train.read_checkpoint(tmp_path / "out" / "ckpt_0000012.pt")
+    state = read_checkpoint(tmp_path / "out" / "ckpt_0000012.pt")
     assert not any(name.startswith(("module.", "_orig_mod.")) for name in state["model"])
 
 
@@ -210,10 +266,14 @@ def test_bfloat16_products_without_units_for_them():
     a, b = torch.randn(33, 65), torch.randn(65, 17)
     low_a, low_b = a.bfloat16(), b.bfloat16()
     expected, in_float32, in_float64 = (low_a.float() @ low_b.float()).bfloat16(), a @ b, a.double() @ b.double()
-    library = train.multiply_bfloat16_in_float32.__wrapped__()  # one of this test's own
+    library = multiply_bfloat16_in_float32.__wrapped__()  # one of this test's own
     try:
         assert torch.equal(low_a @ low_b, expected)
         assert torch.equal(torch.mm(low_a, low_b, out=torch.empty_like(expected)), expected)
+        square = (low_b.float() @ low_b.T.float()).bfloat16()
+        both = torch.addmm(square, low_b, low_b.T, beta=0.5, alpha=2.0)  # as Muon's iteration does
+        assert torch.equal(both, torch.addmm(square.float(), low_b.float(), low_b.T.float(), beta=0.5, alpha=2.0).bfloat16())
+        torch.testing.assert_close(torch.addmm(a[:, :17], a, b, beta=0.5), 0.5 * a[:, :17] + a @ b)
         assert torch.equal(a @ b, in_float32) and torch.equal(a.double() @ b.double(), in_float64)
         weight = low_b.clone().requires_grad_()
         (low_a @ weight).sum().backward()
@@ -222,13 +282,25 @@ def test_bfloat16_products_without_units_for_them():
         library._destroy()
 
 
-@pytest.mark.parametrize("method", ("mu_centering", "mu_centering_step", "mu_loss"))
-@pytest.mark.parametrize("settings", ({"dtype": "float32"}, {"dtype": "bfloat16", "compile": True}))
-def test_stopped_and_resumed_is_never_stopped(data, tmp_path, train_here, monkeypatch, settings, method):
+def plain_sgd(model, config):
+    """A hacker's: neither fused nor AdamW, with a rate of its own for each group."""
+    matrices, vectors = ([p for p in model.parameters() if (p.ndim >= 2) == is_matrix] for is_matrix in (True, False))
+    groups = [{"params": matrices}, {"params": vectors, "lr": 0.02}]
+    return [torch.optim.SGD(groups, 0.1, momentum=0.9, foreach=False)]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    ({}, {"oec": "mu_centering_step"}, {"oec": "mu_loss"}, {"dtype": "bfloat16", "compile": True}, {"optimizer": "muon"},
+     {"optimizer": "muon", "schedule": "wsd", "dtype": "float16"}, {"optimizer": "plain_sgd"}, {"fused_unembedding": False}),
+    ids=str,
+)  # fmt: skip
+def test_stopped_and_resumed_is_never_stopped(data, tmp_path, train_here, monkeypatch, settings):
     """Bit for bit: parameters, optimizer state, metrics; the learning rate's schedule is that of the whole run."""
-    if settings.get("compile") and method != "mu_centering":
-        pytest.skip("one compiled method is enough for the time it takes")
-    options = settings | {"oec": method, "eval_interval": 3, "log_interval": 2}
+    options = settings | {"eval_interval": 3, "log_interval": 2}
+    if options.get("optimizer") == "plain_sgd":
+        del options["optimizer"]
+        monkeypatch.setattr(train, "make_optimizers", plain_sgd)
     compiled, evaluate = [], train.evaluate
     count = lambda: compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     monkeypatch.setattr(train, "evaluate", lambda *arguments: count() or evaluate(*arguments))
@@ -255,7 +327,7 @@ def test_stopped_and_resumed_is_never_stopped(data, tmp_path, train_here, monkey
         train.Trainer.update = original
     assert metrics_of(tmp_path / "parts")[-1]["step"] == 8  # beyond the checkpoint of step 6
     train_here(tiny_arguments(data, tmp_path / "parts", **options))
-    whole, parts = (train.read_checkpoint(tmp_path / name / "ckpt_0000012.pt") for name in ("whole", "parts"))
+    whole, parts = (read_checkpoint(tmp_path / name / "ckpt_0000012.pt") for name in ("whole", "parts"))
     for state in (whole, parts):
         del state["config"]["out_dir"]
     assert_same_bits(whole, parts)
@@ -288,12 +360,16 @@ def test_two_processes_that_checkpoint_activations_learn_the_same(data, tmp_path
     assert losses[0] == pytest.approx(losses[1], abs=1e-5) if compiled else losses[0] == losses[1]
 
 
-def test_a_non_finite_step_is_left_out(data, tmp_path, train_here, monkeypatch):
-    """Neither parameters nor moments nor Adam's step count see it; it is counted."""
-    original, seen = train.Trainer.update, []
+@pytest.mark.parametrize("settings", ({}, {"optimizer": "muon", "dtype": "float16"}, {"optimizer": "plain_sgd"}), ids=str)
+def test_a_non_finite_step_is_left_out(data, tmp_path, train_here, monkeypatch, settings):
+    """Neither parameters nor moments nor an optimizer's count of steps see it; it is counted. With float16's scaler too."""
+    original, seen, options = train.Trainer.update, [], dict(settings)
+    if options.get("optimizer") == "plain_sgd":
+        del options["optimizer"]
+        monkeypatch.setattr(train, "make_optimizers", plain_sgd)
 
     def state(trainer):
-        return copy.deepcopy((trainer.model.state_dict(), trainer.optimizer.state_dict()["state"]))
+        return copy.deepcopy((trainer.model.state_dict(), [x.state_dict()["state"] for x in trainer.optimizers]))
 
     def update(self, batches):
         if self.step != 5:
@@ -308,9 +384,50 @@ def test_a_non_finite_step_is_left_out(data, tmp_path, train_here, monkeypatch):
         return metrics
 
     monkeypatch.setattr(train.Trainer, "update", update)
-    trainer = train_here(tiny_arguments(data, tmp_path / "out"))
+    trainer = train_here(tiny_arguments(data, tmp_path / "out", **options))
     assert seen == [6] and metrics_of(tmp_path / "out")[-2]["bad_steps"] == 1
-    assert {int(s["step"]) for s in trainer.optimizer.state.values()} == {11}
+    if not settings:
+        assert {int(s["step"]) for s in trainer.optimizers[0].state.values()} == {11}
+    if "dtype" in settings:
+        assert trainer.scaler.get_scale() == 2**15  # halved once
+
+
+def test_a_checkpoint_of_version_1_is_resumed(data, tmp_path, train_here):
+    """It has one optimizer's state under another name, and knows nothing of younger settings."""
+    train_here(tiny_arguments(data, tmp_path / "new"))
+    train_here(tiny_arguments(data, tmp_path / "old", max_steps=8, min_learning_rate=1e-2, warmup_steps=0))
+    state = torch.load(tmp_path / "new/ckpt_0000008.pt", weights_only=True)
+    (adamw,) = state.pop("optimizers")
+    assert adamw.pop("kind") == "AdamW"
+    state["optimizer"] = adamw
+    for name in ("optimizer", "schedule", "decay_fraction", "fused_unembedding", "logits_dtype", "final_norm_gain"):
+        del state["config"][name]
+    for path in (tmp_path / "old").glob("*"):
+        path.unlink()
+    torch.save(state, tmp_path / "old/ckpt_0000008.pt")
+    train_here(tiny_arguments(data, tmp_path / "old"))
+    new, old = (read_checkpoint(tmp_path / name / "ckpt_0000012.pt") for name in ("new", "old"))
+    assert_same_bits(new["model"], old["model"])
+    assert_same_bits(new["optimizers"], old["optimizers"])
+
+
+def test_another_optimizer_is_refused(data, tmp_path, train_here, capsys):
+    train_here(tiny_arguments(data, tmp_path / "out"))
+    capsys.readouterr()
+    line = fails_in_one_line(capsys, train_here, tiny_arguments(data, tmp_path / "out", max_steps=16, optimizer="muon"))
+    assert "its optimizers are AdamW, the run's Muon, AdamW" in line
+
+
+@pytest.mark.parametrize(
+    "name, flops",
+    (("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 NVL", 835e12), ("NVIDIA H200", 989e12),
+     ("NVIDIA H200 NVL", 835e12), ("NVIDIA GH200 480GB", 989e12), ("NVIDIA H20", 148e12), ("NVIDIA A100-SXM4-40GB", 312e12),
+     ("NVIDIA A100-PCIE-40GB", 312e12), ("NVIDIA A100 80GB PCIe", 312e12), ("NVIDIA L40S", 362e12), ("NVIDIA L4", 121e12),
+     ("NVIDIA GeForce RTX 4090", 165e12), ("NVIDIA B200", 2250e12), ("Tesla V100-SXM2-16GB", 125e12),
+     ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", math.nan), ("NVIDIA GeForce RTX 4090 Laptop GPU", math.nan), ("NVIDIA GeForce GTX 1080", math.nan)),
+)  # fmt: skip
+def test_peak_rates_by_the_names_of_gpus(name, flops):
+    assert peak_flops(name) == pytest.approx(flops, nan_ok=True)
 
 
 def test_too_many_bad_steps_in_a_row_end_the_run_with_3(data, tmp_path, train_here, capsys):
@@ -348,33 +465,31 @@ def test_resume_on_a_gpu_is_exact_when_deterministic(data, tmp_path, train_here)
     train_here(tiny_arguments(data, tmp_path / "parts", **options))
     (tmp_path / "parts" / "ckpt_0000012.pt").unlink()
     train_here(tiny_arguments(data, tmp_path / "parts", **options))
-    whole, parts = (train.read_checkpoint(tmp_path / name / "ckpt_0000012.pt") for name in ("whole", "parts"))
-    for part in ("model", "optimizer", "bad_steps", "step", "best_loss"):
+    whole, parts = (read_checkpoint(tmp_path / name / "ckpt_0000012.pt") for name in ("whole", "parts"))
+    for part in ("model", "optimizers", "bad_steps", "step", "best_loss"):
         assert_same_bits(whole[part], parts[part], part)
     assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "parts")
 
 
 @pytest.mark.gpu
-def test_nothing_in_a_step_waits_for_the_gpu(data, tmp_path, train_here, monkeypatch):
-    """CUDA's own check: an operation that synchronises raises; a step with a NaN is skipped all the same."""
-    original = train.Trainer.update
+def test_a_step_waits_for_the_gpu_once(data, tmp_path, train_here, monkeypatch):
+    """CUDA's own check: an operation that synchronises warns."""
+    original, waits = train.Trainer.update, []
 
     def update(self, batches):
         if self.step < 3:  # state is made in the first steps
             return original(self, batches)
-        poisoned = self.step == 5
-        hook = self.model.blocks[0].mlp.up.weight.register_hook(lambda g: g * math.nan) if poisoned else None
-        torch.cuda.set_sync_debug_mode("error")
+        torch.cuda.set_sync_debug_mode("warn")
         try:
-            return original(self, batches)
+            with warnings.catch_warnings(record=True, action="always") as caught:
+                return original(self, batches)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-            if hook:
-                hook.remove()
+            waits.append(sum("synchroniz" in str(warning.message) for warning in caught))
 
     monkeypatch.setattr(train.Trainer, "update", update)
     train_here(tiny_arguments(data, tmp_path / "out", device="cuda", dtype="bfloat16", max_steps=20, log_interval=20, eval_interval=20))
-    assert [x["bad_steps"] for x in metrics_of(tmp_path / "out") if x["split"] == "train"] == [0, 1]
+    assert set(waits) == {1}
 
 
 @pytest.mark.gpu
@@ -422,7 +537,7 @@ def test_every_attention_backend_gives_the_same_loss():
 def weights(tmp_path):
     torch.manual_seed(5)
     model = GPT(GPTConfig(vocab_size=VOCAB, block_size=64, n_layer=2, n_head=2, n_embd=32))
-    save_weights(model, tmp_path / "weights.pt", "")
+    save_weights(tmp_path / "weights.pt", model, asdict(model.config))
     return model, tmp_path / "weights.pt"
 
 
@@ -431,7 +546,7 @@ def test_a_run_begins_with_the_weights_and_goes_on_from_its_own(weights, data, t
     arguments = tiny_arguments(data, tmp_path / "run", init_from=path)
     trainer = train.Trainer(config := load_config(arguments), start_machine(config))
     assert_same_bits(dict(trainer.model.state_dict()), dict(model.state_dict()))
-    assert trainer.step == 0 and not trainer.optimizer.state
+    assert trainer.step == 0 and not trainer.optimizers[0].state
     trainer.run()
     path.unlink()  # no longer needed
     capsys.readouterr()

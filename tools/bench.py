@@ -30,10 +30,15 @@ import torch
 import torch.nn.functional as F
 
 import oec
-from data.shards import Loader, available_cores, fail, open_dataset, samples_of_process, shard_header
-from tools.sweep import METHODS
-from train import ROOT, Trainer, load_config, start_machine
+from data.shards import Loader, open_dataset, samples_of_process, shard_header
+from model import METHODS
+from runtime.errors import fail
+from runtime.machine import available_cores, start_machine
+from runtime.unembedding import unembedding_loss
+from tools.sweep import words_of
+from train import Trainer, load_config
 
+ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--n_layer=4", "--n_head=4", "--n_embd=256", "--block_size=256", "--batch_size=8", "--micro_batch_size=8"]
 PARTS = ("step", "head", "loader", "checkpoint", "start", "scaling")
 
@@ -152,7 +157,7 @@ def head_step(config, what: str):
     def ours(hidden, W, targets):
         embedding = oec.center(W, config.vocab_size) if config.oec == "mu_centering" else W
         options = {"z_loss_weight": config.z_loss_weight, "soft_cap": config.logit_softcap}
-        loss = oec.unembedding_loss(hidden, embedding, targets, vocab_size=config.vocab_size, **options).loss
+        loss = unembedding_loss(hidden, embedding, targets, vocab_size=config.vocab_size, **options).loss
         return loss + (config.mu_loss_weight * oec.mu_loss(W, config.vocab_size) if config.oec == "mu_loss" else 0)
 
     functions = {
@@ -306,7 +311,7 @@ def progress(text: str):
 
 def step_part(options, words, folder) -> list[dict]:
     make = lambda *args, **kw: lambda: Contender(*args, folder, options.seconds, **kw)
-    makers = [make(name, [*words, *METHODS[name]]) for name in options.methods]
+    makers = [make(name, [*words, *words_of(name)]) for name in options.methods]
     makers += [make(name, [*words, *shlex.split(text)]) for name, text in options.variant]
     for name, path in options.peer:
         kind = "oec" if name.startswith("oec") else "nanogpt"
@@ -318,7 +323,7 @@ def step_part(options, words, folder) -> list[dict]:
 
 def head_part(options, words, folder) -> list[dict]:
     beside = ["plain", *(["linear_cross_entropy"] if hasattr(F, "linear_cross_entropy") and options.slow_peers else [])]
-    named = {"three products": [], **{name: METHODS[name] for name in options.methods}, **{name: [] for name in beside}}
+    named = {"three products": [], **{name: words_of(name) for name in options.methods}, **{name: [] for name in beside}}
     makers = [
         lambda n=name, w=own: Contender(n, [*words, *w], folder, options.seconds, kind="head") for name, own in named.items()
     ]

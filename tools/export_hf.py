@@ -19,10 +19,18 @@ import torch
 from torch import Tensor
 
 from data.prepare import END_OF_TEXT
-from data.shards import fail, read_meta
+from data.shards import dataset_folder, read_meta
 from model import GPT, GPTConfig, ROPE_BASE
-from tools.sample import data_folder, load_model, tokenizer_of
-from train import write_whole
+from runtime.checkpoint import write_whole
+from runtime.errors import fail
+from tools.sample import load_model, tokenizer_of
+
+# The settings of a model that this export can express, or that do not change its function. A model with any other one is
+# refused: teach `stablelm_config` and `stablelm_weights` the change first.
+KNOWN_SETTINGS = {
+    "vocab_size", "block_size", "n_layer", "n_head", "n_embd", "tie_weights", "final_norm_gain", "activation_checkpointing",
+    "oec", "mu_loss_weight", "z_loss_weight", "logit_softcap", "fused_unembedding", "logits_dtype",
+}  # fmt: skip
 
 
 def export(checkpoint: str | Path, out_dir: str | Path):
@@ -39,6 +47,8 @@ def export(checkpoint: str | Path, out_dir: str | Path):
     try:
         if out.is_file() or out.exists() and any(out.iterdir()):
             fail(f"{out_dir} is there already: choose another folder")
+        if unknown := GPTConfig.__dataclass_fields__.keys() - KNOWN_SETTINGS:
+            fail(f"model.py has the setting {min(unknown)}, which tools/export_hf.py does not know: no export (see KNOWN_SETTINGS there)")
         model, run = load_model(Path(checkpoint))
         if model.config.logit_softcap:
             fail(f"{checkpoint} caps its logits (logit_softcap={model.config.logit_softcap:g}), which StableLM cannot: no export")
@@ -143,7 +153,7 @@ def has_bias(name: str) -> bool:
 
 def known_tokenizer(run: dict) -> tiktoken.Encoding | None:
     """The tokenizer of the run's data; None where no meta.json names it and the vocabulary is not of GPT-2's size."""
-    folder = data_folder(run)
+    folder = dataset_folder(run["dataset"], run["data_dir"])
     if folder.is_dir() and not read_meta(folder) and run["vocab_size"] != GPTConfig.vocab_size:
         return None
     return tokenizer_of(run)

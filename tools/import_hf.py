@@ -8,7 +8,6 @@ What tools/export_hf.py writes comes back bit for bit. The folder's other models
 
 import argparse
 import json
-import math
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -16,10 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.shards import fail
 from model import GPT, GPTConfig
+from runtime.checkpoint import save_weights
+from runtime.errors import fail, one_line
 from tools.export_hf import has_bias, stablelm_config, stablelm_weights
-from train import TrainConfig, one_line, write_whole
+from train import TrainConfig
 
 # Of config.json, what does not change the function.
 OF_NO_MATTER = ("architectures", "torch_dtype", "bos_token_id", "eos_token_id")
@@ -89,18 +89,6 @@ def fill(model: GPT, weights: dict[str, Tensor], folder: Path):
             fail(f"{name} of {folder} has no place in model.py: there are no biases, and the heads of a block share their norms")
 
 
-def save_weights(model: GPT, path: Path, data_dir: str):
-    """A checkpoint from before the first step, with no more than weights in it."""
-    state = {
-        "model": model.state_dict(),
-        "config": asdict(TrainConfig(**asdict(model.config), data_dir=data_dir)),
-        "step": 0, "best_step": 0, "best_loss": math.inf, "bad_steps": 0,
-        "optimizer": {}, "scaler": {}, "data": {}, "random_state": torch.get_rng_state(),
-    }  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda file: torch.save(state, file))
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="what save_pretrained or tools.export_hf has written")
@@ -122,7 +110,7 @@ def main():
         fail(f"{folder}: {error}")
     fill(model, read_weights(folder), folder)
     try:
-        save_weights(model, checkpoint, arguments.data_dir)
+        save_weights(checkpoint, model, asdict(TrainConfig(**asdict(model.config), data_dir=arguments.data_dir)))
     except OSError as error:
         fail(f"{checkpoint} cannot be written: {error.strerror or error}")
     print(f"{checkpoint}: {model.num_parameters():,} parameters; begin with them: train.py --init_from={checkpoint}")

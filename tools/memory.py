@@ -16,20 +16,19 @@ from pathlib import Path
 
 import torch
 
-import oec
-from data.shards import fail
-from model import GPT, GPTConfig
+from model import ARCHITECTURE, GPT, GPTConfig
+from runtime.errors import fail
+from runtime.unembedding import choose_chunk_rows
 from train import TrainConfig, load_config
 
 CARDS = (24, 40, 80, 141)  # GB, 10⁹ bytes
 
 
 @cache
-def parameter_counts(vocab_size: int, n_layer: int, n_head: int, n_embd: int, tie_weights: bool) -> tuple[int, int]:
+def parameter_counts(**architecture) -> tuple[int, int]:
     """Of the model, and of one of its blocks."""
-    shape = {"vocab_size": vocab_size, "n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "tie_weights": tie_weights}
     with torch.device("meta"):
-        model = GPT(GPTConfig(**shape))
+        model = GPT(GPTConfig(**architecture))
     return model.num_parameters(), sum(p.numel() for p in model.blocks[0].parameters())
 
 
@@ -52,7 +51,7 @@ def activation_bytes(config: TrainConfig, low: int) -> int:
 
 def step_bytes(config: TrainConfig, device: str, low: int, processes: int = 1) -> int:
     """The peak of a training step of one process, in bytes: the largest of four moments."""
-    parameters, block = parameter_counts(*(getattr(config, name) for name in ("vocab_size", "n_layer", "n_head", "n_embd", "tie_weights")))
+    parameters, block = parameter_counts(**{name: getattr(config, name) for name in ARCHITECTURE})
     d, rows, tokens = config.n_embd, config.padded_vocab_size, config.micro_batch_size * config.block_size
     matrix = 4 * rows * d  # the unembedding's, in float32
     accumulates = config.batch_size > config.micro_batch_size * processes
@@ -67,8 +66,7 @@ def step_bytes(config: TrainConfig, device: str, low: int, processes: int = 1) -
     again = one_block if config.activation_checkpointing else 0
 
     # The logits of one chunk and, eager, the float32 intermediate results of its softmax.
-    chunks = -(-tokens // max(oec.CHUNK_ROWS, oec.CHUNK_ELEMENTS[device] // rows))
-    chunk = -(-tokens // chunks) * rows * (low if config.compile else low + 17 + (4 if low < 4 else 0))
+    chunk = choose_chunk_rows(tokens, rows, device) * rows * (low if config.compile else low + 17 + (4 if low < 4 else 0))
     centred = matrix if config.oec == "mu_centering" else 0
     low_matrices = 2 * low * rows * d if low < 4 else 0  # the weight, and a chunk's part of its gradient
     in_block = tokens * (3 * low * config.mlp_hidden_size + 8 * d)  # gradients on their way through one block

@@ -19,12 +19,14 @@ import numpy as np
 import torch
 
 import oec
-from data.shards import fail, open_dataset
-from tools.sample import data_folder, load_model
+from data.shards import dataset_folder, open_dataset
+from runtime.checkpoint import checkpoints, read_checkpoint
+from runtime.errors import fail, one_line
+from tools.sample import load_model
 from tools.sweep import lr_sensitivity, read_sweep
-from train import ROOT, checkpoints, one_line, read_checkpoint
 
 # For a printed page without colours each line has its own marker and dashes as well. (colour, marker, dashes)
+ROOT = Path(__file__).resolve().parents[1]
 STYLES = {
     "baseline": ("#222222", "o", "-"), "z_loss": ("#d55e00", "s", "--"), "softcap": ("#999999", "D", ":"),
     "mu_loss": ("#0072b2", "^", "-."), "mu_centering": ("#009e73", "v", "-"), "mu_centering_step": ("#cc79a7", "P", "--"),
@@ -231,9 +233,10 @@ def output_embedding(path: Path) -> tuple[torch.Tensor, int]:
 def run_outputs(path: Path):
     """Final hidden states of our model on its first validation windows, unembedding, targets, and the loss's options."""
     model, config = load_model(path)
-    if not data_folder(config).is_dir():
-        return print(f"{path}: no statistics of logits, since the run's data, {data_folder(config)}, is not there")
-    _, val = open_dataset(data_folder(config), config["block_size"], config["vocab_size"])
+    folder = dataset_folder(config["dataset"], config["data_dir"])
+    if not folder.is_dir():
+        return print(f"{path}: no statistics of logits, because the run's data, {folder}, is not there")
+    _, val = open_dataset(folder, config["block_size"], config["vocab_size"])
     tokens = torch.from_numpy(val.read(np.arange(min(16, len(val)))))
     hidden = []
     model.final_norm.register_forward_hook(lambda module, inputs, output: hidden.append(output))

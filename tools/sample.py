@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 
 from data.prepare import load_tokenizer
-from data.shards import fail, read_meta
+from data.shards import dataset_folder, read_meta
 from model import GPT, GPTConfig
-from train import ROOT, checkpoints, read_checkpoint
+from runtime.checkpoint import checkpoints, read_checkpoint
+from runtime.errors import fail
 
 
 def load_model(path: Path) -> tuple[GPT, dict]:
@@ -31,13 +32,9 @@ def load_model(path: Path) -> tuple[GPT, dict]:
     return model.eval(), state["config"]
 
 
-def data_folder(config: dict) -> Path:
-    return Path(config["data_dir"]) if config["data_dir"] else ROOT / "data" / config["dataset"]
-
-
 def tokenizer_of(config: dict):
     """The tokenizer of the data a run was trained on; GPT-2's for shards without a meta.json."""
-    folder = data_folder(config)
+    folder = dataset_folder(config["dataset"], config["data_dir"])
     if not folder.is_dir():
         fail(f"the run's data, {folder}, is not there, and its tokenizer with it: start from where the run was started")
     encoding = load_tokenizer(read_meta(folder).get("tokenizer", "gpt2"), folder)

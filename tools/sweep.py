@@ -25,24 +25,24 @@ from pathlib import Path
 
 import torch
 
-from data.shards import available_cores, fail
-from train import ROOT, TrainConfig, load_config, write_whole
+from model import METHODS, WEIGHTS
+from runtime.checkpoint import write_whole
+from runtime.errors import fail
+from runtime.machine import available_cores
+from train import TrainConfig, load_config
 
-METHODS = {
-    "baseline": ["config/baseline.py"],
-    "z_loss": ["config/z_loss.py"],
-    "softcap": ["config/softcap.py"],
-    "mu_loss": ["config/mu_loss.py"],
-    "mu_centering": ["config/oec.py"],
-    "mu_centering_step": ["--oec=mu_centering_step"],
-}
-WEIGHT_OF = {"z_loss": "z_loss_weight", "softcap": "logit_softcap", "mu_loss": "mu_loss_weight"}
+ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = (
     "method lambda learning_rate seed status test_loss mu_norm mean_embedding_norm logit_mean logit_std logit_absmax "
     "mean_log_z_squared seconds_per_step seconds initial_loss"
 ).split()
 # What a cell sets by itself, and what does not make another experiment.
-OF_THE_CELL = {*WEIGHT_OF.values(), "oec", "learning_rate", "seed", "out_dir", "resume", "tensorboard", "wandb_project"}
+OF_THE_CELL = {*WEIGHTS.values(), "oec", "learning_rate", "seed", "out_dir", "resume", "tensorboard", "wandb_project"}
+
+
+def words_of(method: str) -> list[str]:
+    """The settings of a method, as train.py takes them."""
+    return [f"--{name}={value}" for name, value in METHODS[method].items()]
 
 
 def lr_sensitivity(losses, initial_loss: float) -> float:
@@ -60,10 +60,10 @@ class Cell:
     def __init__(self, words: list[str], method: str, weight: str, learning_rate: str, seed: str, out: Path):
         self.name = f"{method}{weight}-lr{learning_rate}-seed{seed}"
         self.folder, self.log = out / "runs" / self.name, out / "runs" / f"{self.name}.log"
-        words = [*words, *METHODS[method], f"--learning_rate={learning_rate}", f"--seed={seed}", f"--out_dir={self.folder}"]
-        self.words = words + ([f"--{WEIGHT_OF[method]}={weight}"] if weight else [])
+        words = [*words, *words_of(method), f"--learning_rate={learning_rate}", f"--seed={seed}", f"--out_dir={self.folder}"]
+        self.words = words + ([f"--{WEIGHTS[method]}={weight}"] if weight else [])
         self.config = load_config(self.words)
-        stated = getattr(self.config, WEIGHT_OF[method]) if method in WEIGHT_OF else ""
+        stated = getattr(self.config, WEIGHTS[method]) if method in WEIGHTS else ""
         self.key = (method, str(stated), str(self.config.learning_rate), str(self.config.seed))
 
     def start(self, slot: int, jobs: int):
@@ -234,7 +234,7 @@ def main():
     parser.add_argument("--methods", default="baseline,z_loss,softcap,mu_loss,mu_centering", help=f"of {', '.join(METHODS)} (default: %(default)s)")
     parser.add_argument("--learning_rates", default="3e-4,1e-3,3e-3,1e-2,3e-2,1e-1,3e-1", help="peaks (default: %(default)s)")
     parser.add_argument("--seeds", default="1", help="(default: %(default)s)")
-    for method, key in WEIGHT_OF.items():
+    for method, key in WEIGHTS.items():
         parser.add_argument(f"--{key.removeprefix('logit_')}s", dest=key, default="", help=f"of {method}, one cell each (default: its config file's)")
     parser.add_argument("--out", type=Path, required=True, help="folder of the sweep")
     parser.add_argument("--jobs", type=int, default=0, help="runs at a time (default: one a GPU, or one)")
@@ -247,7 +247,7 @@ def main():
         fail(f"--jobs={jobs} must be between 1 and the number of GPUs or cores")
     if not all(seed.isdecimal() for seed in options.seeds.split(",")):
         fail(f"--seeds={options.seeds} must be whole numbers, like 1,2,3")
-    weights = {method: numbers(text) if (text := getattr(options, key)) else [""] for method, key in WEIGHT_OF.items()}
+    weights = {method: numbers(text) if (text := getattr(options, key)) else [""] for method, key in WEIGHTS.items()}
     cells = [
         Cell(words, method, weight, rate, seed, options.out)
         for seed, rate, method in product(options.seeds.split(","), numbers(options.learning_rates), methods)

@@ -1,32 +1,58 @@
-"""What the paper leaves open, measured for results/why.md: train.py with one thing changed or one more thing recorded.
+"""The experiments of results/why.md that train.py alone cannot make: runs with one thing changed, or one more thing recorded.
 
+    python -m tools.why rescue out/RUN --mean_logits 588 --learning_rates 2e-3 --seeds 1 --out out/rescue
     python -m tools.why float32_head config/quick.py --dtype=bfloat16 --learning_rate=0.3
     python -m tools.why row_sums config/quick.py --dtype=float32 --learning_rate=0.3
     python -m tools.why sgd_row_sums config/quick.py --dtype=float32 --learning_rate=1
 
+rescue         a trained model is given a drift (tools.drift) and trained further, by each remedy: OUT/rescue.csv
 float32_head   the unembedding and its loss in float32, whatever the dtype of all else
 row_sums       metrics.jsonl has gradient_row_sum and update_row_sum of the unembedding as well
 sgd_row_sums   the same, with plain SGD in AdamW's place
-Config files and --key=value settings are train.py's.
+All but rescue take train.py's config files and --key=value settings after the word.
 """
 
+import argparse
+import contextlib
+import csv
+import io
+import json
 import sys
+import tempfile
+import time
+from datetime import timedelta
+from itertools import product
+from pathlib import Path
 
 import torch
 
-import oec
+import runtime.unembedding
 import train
-from data.shards import fail
+from model import METHODS, WEIGHTS
+from runtime.checkpoint import save_weights, write_whole
+from runtime.errors import fail
+from runtime.machine import start_machine
+from tools.drift import hidden_of_run, transplant
+from tools.sample import load_model
+from tools.sweep import numbers
+
+# --- one thing changed ------------------------------------------------------------------------------
 
 
-def unembed_in_float32():
-    unembedding_loss = oec.unembedding_loss
+@contextlib.contextmanager
+def unembedding_in_float32():
+    """The unembedding and its loss in float32, whatever autocast does elsewhere."""
+    unembedding_loss = runtime.unembedding.unembedding_loss
 
     def in_float32(hidden, W, targets, **options):
         with torch.autocast(hidden.device.type, enabled=False):
             return unembedding_loss(hidden.float(), W.float(), targets, **options)
 
-    oec.unembedding_loss = in_float32
+    runtime.unembedding.unembedding_loss = in_float32
+    try:
+        yield
+    finally:
+        runtime.unembedding.unembedding_loss = unembedding_loss
 
 
 def row_sum(X: torch.Tensor, vocab_size: int) -> torch.Tensor:
@@ -41,33 +67,120 @@ class RowSumTrainer(train.Trainer):
     def update(self, batches):
         W, V = self.model.unembedding.weight, self.config.vocab_size
         before, metrics = W.detach().clone(), {}
-        hook = self.optimizer.register_step_pre_hook(lambda *_: metrics.update(gradient_row_sum=row_sum(W.grad, V)))
+        hook = self.optimizers[0].register_step_pre_hook(lambda *_: metrics.update(gradient_row_sum=row_sum(W.grad, V)))
         metrics |= super().update(batches)
         hook.remove()
         return metrics | {"update_row_sum": row_sum(W.detach() - before, V)}
 
 
-def make_sgd(model, config) -> torch.optim.SGD:
-    return torch.optim.SGD(model.parameters(), config.learning_rate, fused=True)
+def make_sgd(model, config) -> list[torch.optim.Optimizer]:
+    return [torch.optim.SGD(model.parameters(), config.learning_rate)]
 
 
-VARIANTS = ("float32_head", "row_sums", "sgd_row_sums")
+# --- rescue -----------------------------------------------------------------------------------------
+
+COLUMNS = "mean_logit arm weight learning_rate seed step loss logit_mean rounding_nats".split()
+ARMS = {method: METHODS[method] for method in ("baseline", "mu_loss", "mu_centering", "z_loss", "softcap")}
+ARMS |= {"float32_logits": {"logits_dtype": "float32"}, "float32_head": {}, "mu_centering_step": METHODS["mu_centering_step"]}
+
+
+def rescue(options):
+    """All combinations that OUT/rescue.csv does not have yet, in this process, so that an arm is compiled once."""
+    if unknown := [arm for arm in options.arms.split(",") if arm not in ARMS]:
+        fail(f"there is no arm {unknown[0]!r} among {', '.join(ARMS)}")
+    weights = numbers(options.weights) if options.weights else [""]
+    if options.weights and not set(options.arms.split(",")) <= WEIGHTS.keys():
+        fail(f"--weights belong to the arms {', '.join(WEIGHTS)}")
+    drifts = [text if text == "0" else numbers(text)[0] for text in options.mean_logits.split(",")]
+    model, config = load_model(options.checkpoint)
+    hidden, _ = hidden_of_run(model, config)
+    table = options.out / "rescue.csv"
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        rows = list(csv.DictReader(io.StringIO(table.read_text()))) if table.exists() else []
+    except OSError as error:
+        fail(f"{options.out} cannot be written: {error.strerror}; choose another --out")
+    there = {tuple(row[name] for name in COLUMNS[:5]) for row in rows}
+    cells = product(options.arms.split(","), weights, options.learning_rates.split(","), drifts, options.seeds.split(","))
+    cells = [(drift, arm, weight, rate, seed) for arm, weight, rate, drift, seed in cells]
+    missing = [cell for cell in cells if cell not in there]
+    print(f"{len(cells) - len(missing)} of {len(cells)} runs are there, {len(missing)} to run", flush=True)
+    began, V, W = time.monotonic(), model.config.vocab_size, model.unembedding.weight.detach().clone()
+    for number, (drift, arm, weight, rate, seed) in enumerate(missing, 1):
+        model.unembedding.weight.data = transplant(W, hidden, float(drift), V) if drift != "0" else W
+        settings = ARMS[arm] | ({WEIGHTS[arm]: float(weight)} if weight else {})
+        lines = continue_training(model, config, settings, arm == "float32_head", float(rate), int(seed), options.steps)
+        for line in lines:
+            values = (drift, arm, weight, rate, seed, line["step"], line["cross_entropy"], line["logit_mean"], line["rounding_nats"])
+            rows.append(dict(zip(COLUMNS, map(str, values))))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_whole(table, text.getvalue().encode())
+        left = (time.monotonic() - began) / number * (len(missing) - number)
+        name = f"mean logit {drift}, {arm}{weight}, lr {rate}, seed {seed}"
+        print(f"{number}/{len(missing)} {name}: loss {lines[-1]['cross_entropy']:.4f}, {timedelta(seconds=round(left))} left", flush=True)
+
+
+def continue_training(model, config: dict, settings: dict, head: bool, rate: float, seed: int, steps: int) -> list[dict]:
+    """The validation lines of a run that starts with the model's weights; bfloat16, constant rate after 20 steps."""
+    every = max(1, steps // 6)
+    with tempfile.TemporaryDirectory() as folder:
+        save_weights(Path(folder, "weights.pt"), model, config)
+        names = ("dataset", "data_dir", "vocab_size", "block_size", "n_layer", "n_head", "n_embd", "batch_size", "beta1", "beta2", "weight_decay")
+        settings = {name: config[name] for name in names} | settings | {
+            "micro_batch_size": config["batch_size"], "init_from": f"{folder}/weights.pt", "out_dir": f"{folder}/run",
+            "dtype": "bfloat16", "learning_rate": rate, "min_learning_rate": rate, "warmup_steps": min(20, steps - 1),
+            "max_steps": steps, "seed": seed, "eval_interval": every, "checkpoint_interval": every * steps,
+            "eval_sequences": 128, "log_interval": steps,
+        }  # fmt: skip
+        words = [f"--{name}={value}" for name, value in settings.items()]
+        with contextlib.redirect_stdout(io.StringIO()), unembedding_in_float32() if head else contextlib.nullcontext():
+            run_config = train.load_config(words)
+            train.Trainer(run_config, start_machine(run_config)).run()
+        lines = [json.loads(line) for line in Path(folder, "run/metrics.jsonl").read_text().splitlines()]
+        if lines[-1]["step"] < steps:
+            fail("stopped; the same command continues from here")
+        return [line for line in lines if line["split"] == "val"]
+
+
+def read_rescue(words: list[str]):
+    parser = argparse.ArgumentParser(prog="python -m tools.why rescue", description=rescue.__doc__)
+    parser.add_argument("checkpoint", type=Path, help="a ckpt_*.pt file, or the folder of a run: its newest")
+    parser.add_argument("--mean_logits", default="588", help="drifts, 0 for none (default: %(default)s)")
+    parser.add_argument("--arms", default="baseline,mu_loss,mu_centering,z_loss,softcap,float32_logits,float32_head", help=f"of {', '.join(ARMS)}")
+    parser.add_argument("--weights", default="", help="λ or cap of the arms (default: the method's)")
+    parser.add_argument("--learning_rates", default="2e-3", help="(default: %(default)s)")
+    parser.add_argument("--seeds", default="1", help="(default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=300, help="(default: %(default)s)")
+    parser.add_argument("--out", type=Path, required=True, help="folder of rescue.csv")
+    options = parser.parse_args(words)
+    numbers(options.learning_rates)
+    if options.steps < 2 or not all(seed.isdecimal() for seed in options.seeds.split(",")):
+        fail("--steps must be at least 2, and --seeds whole numbers, like 1,2,3")
+    torch._dynamo.config.cache_size_limit = 64  # an arm and a rate each is a graph of its own
+    rescue(options)
+
+
+VARIANTS = ("rescue", "float32_head", "row_sums", "sgd_row_sums")
 
 
 def main():
+    if "rescue" in sys.argv[1:2]:
+        return read_rescue(sys.argv[2:])
     if "--help" in sys.argv or "-h" in sys.argv:
         print(__doc__)
         raise SystemExit(0)
     if len(sys.argv) < 2 or sys.argv[1] not in VARIANTS:
         fail(f"the first word must be one of {', '.join(VARIANTS)}, then train.py's")
     variant = sys.argv.pop(1)
-    if variant == "float32_head":
-        unembed_in_float32()
-    else:
+    if "row_sums" in variant:
         train.Trainer = RowSumTrainer
     if variant == "sgd_row_sums":
-        train.make_optimizer = make_sgd
-    train.main()
+        train.make_optimizers = make_sgd
+    with unembedding_in_float32() if variant == "float32_head" else contextlib.nullcontext():
+        train.main()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.hugging_face import HuggingFaceDocuments
 from data.partial import finish, move_in, partial_folder
 from data.prepare import prepare_as_told, read_command_line
-from data.shards import fail, open_dataset
+from data.shards import open_dataset
+from runtime.errors import fail
 
 SOURCE, N_TOKENS = "HuggingFaceFW/fineweb", 10_400_000_000
 GPT2_VOCABULARY = 50_257

@@ -42,6 +42,7 @@ def cut(source: str, at_definition: int = 2_000, anywhere: int = 4_000):
 
 
 def main():
+    print("preparing the built-in dataset", flush=True)
     prepare(documents(), FOLDER, str(FOLDER / VOCABULARY_FILE), source="Python standard library", val_fraction=0.05)
 
 

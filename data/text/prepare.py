@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.prepare import prepare_as_told, read_command_line
-from data.shards import fail
+from runtime.errors import fail
 
 OPENERS = {".txt": open, ".jsonl": open, ".jsonl.gz": gzip.open, ".jsonl.xz": lzma.open}
 PIECE_CHARACTERS = 200_000  # a longer .txt file is cut into documents of about this size, at a blank line

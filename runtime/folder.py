@@ -1,0 +1,181 @@
+"""The folder of a run: its lock, whole writes, metrics.jsonl, and the trackers that show the same elsewhere."""
+
+import fcntl
+import json
+import math
+import os
+import re
+import secrets
+import sys
+import time
+from dataclasses import asdict
+from itertools import count
+from pathlib import Path
+
+from runtime.checkpoint import checkpoints, save_checkpoint, write_whole
+from runtime.errors import fail, one_line
+
+
+def run_name(config, methods: dict[str, dict], weights: dict[str, str]) -> str:
+    """What tells one run from another: data, size, remedies with their weights (METHODS and WEIGHTS), learning rate, seed."""
+    names = []
+    for method, settings in methods.items():
+        weight = weights.get(method)
+        is_on = method != "baseline" and all(getattr(config, name) == value for name, value in settings.items() if name != weight)
+        if is_on and (weight is None or getattr(config, weight)):
+            names.append(method + (f"{getattr(config, weight):g}" if weight else ""))
+    method = "+".join(names + ["tied"] * config.tie_weights) or "baseline"
+    data = Path(config.data_dir).resolve().name if config.data_dir else config.dataset
+    return f"{data}-{config.n_layer}x{config.n_embd}-{method}-lr{config.learning_rate:g}-seed{config.seed}"
+
+
+def open_out_dir(out_dir: Path, resume: str) -> str:
+    """Makes the run's folder, locks it, removes what a killed process left half-written.
+
+    Returns what to resume from: auto, never or a path. Ends the program rather than touch another's files.
+    """
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        lock(out_dir)
+        earlier = json.loads((out_dir / "config.json").read_bytes()) if (out_dir / "config.json").exists() else {}
+    except OSError as error:
+        fail(f"out_dir={out_dir} cannot be written: {error.strerror}; choose another --out_dir")
+    except (ValueError, RecursionError):
+        earlier = None
+    is_ours = isinstance(earlier, dict) and "n_embd" in earlier
+    has_checkpoint, has_run = bool(checkpoints(out_dir)), earlier != {} or (out_dir / "metrics.jsonl").exists()
+    if has_run and not is_ours and not has_checkpoint:
+        fail(f"{out_dir} holds a config.json or metrics.jsonl that is not a run's: choose another --out_dir")
+    if has_checkpoint and not is_ours:
+        print(f"{out_dir}/config.json is missing or damaged: it is written anew", flush=True)
+
+    # The same command started again resumes from what it had reached.
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    if restarts or resume not in ("auto", "never") and is_ours and earlier.get("resume") == resume:
+        resume = "auto" if has_checkpoint or resume == "never" else resume
+    if resume == "never" and (has_checkpoint or has_run):
+        fail(f"{out_dir} holds a run and resume=never: choose another --out_dir, or continue it with --resume=auto")
+    if resume not in ("auto", "never") and has_checkpoint:
+        fail(f"{out_dir} holds checkpoints of its own: give --resume={resume} another --out_dir")
+    for path in out_dir.glob("*.tmp"):
+        if re.fullmatch(r"(ckpt_\d+\.pt|config\.json|metrics\.jsonl|wandb_id)\.tmp", path.name):
+            path.unlink()
+    return resume
+
+
+held_locks = []  # open files: each lock lasts as long as this process
+
+
+def lock(out_dir: Path):
+    """Two processes writing one run would lose both. A process that was killed may take some seconds to be gone."""
+    held_locks.append(open(out_dir / ".lock", "w"))
+    for attempt in range(30):
+        try:
+            return fcntl.lockf(held_locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            time.sleep(0.5)
+        except OSError:
+            return  # this file system has no locks
+    fail(f"another process is training into {out_dir}: stop it, or choose another --out_dir")
+
+
+class RunFolder:
+    """What process 0 writes while it trains. A full disk or a folder that turned read-only is said, and training
+    continues without; where it must not, or the setting `stop_on_write_error` says so, the program ends."""
+
+    def __init__(self, path: Path, config, step: int, damaged: dict[Path, str]):
+        """`step` is the one that the run resumes from; `damaged` are newer checkpoints that cannot be read."""
+        self.path, self.config = path, config
+        try:
+            for checkpoint, problem in damaged.items():
+                aside = next(p for n in count() if not (p := Path(f"{checkpoint}.damaged{n or ''}")).exists())
+                print(f"{problem}; renamed to {aside.name}", flush=True)
+                checkpoint.rename(aside)
+            write_whole(path / "config.json", json.dumps(asdict(config), indent=1).encode() + b"\n")
+            self.metrics = Metrics(path / "metrics.jsonl", step)
+            self.trackers = open_trackers(config, path, step)
+        except OSError as error:
+            self.say_problem(error, must=True)
+
+    def write_metrics(self, split: str, step: int, values: dict):
+        """One line of metrics.jsonl, and the same to the trackers."""
+        try:
+            self.metrics.write(split=split, step=step, **values)
+            for track in self.trackers:
+                track({f"{split}/{name}": value for name, value in values.items()}, step)
+        except OSError as error:
+            self.say_problem(error, must=False)
+
+    def save(self, state: dict, must: bool):
+        """A checkpoint of the run's state; `must`: the program ends where it cannot be written."""
+        try:
+            save_checkpoint(self.path, state)
+        except OSError as error:
+            self.say_problem(error, must)
+
+    def say_problem(self, error: OSError, must: bool):
+        problem = f"{self.path} cannot be written ({error.strerror or error}); the checkpoints written before are whole"
+        if must or self.config.stop_on_write_error:
+            fail(f"{problem}; make room and start again")
+        print(f"nanoOEC: {problem}; training continues", file=sys.stderr, flush=True)
+
+
+class Metrics:
+    """`metrics.jsonl`: one JSON object a line, in the order of steps, none twice whatever was killed when."""
+
+    def __init__(self, path: Path, step: int):
+        """Keeps the lines up to `step`: later ones were written after the checkpoint that the run resumes from."""
+        kept = []
+        before = path.read_bytes() if path.exists() else None
+        for line in before.splitlines() if before else []:
+            try:
+                kept += [line + b"\n"] if json.loads(line)["step"] <= step else []
+            except (ValueError, KeyError, TypeError, RecursionError):
+                pass  # cut off by a kill
+        if b"".join(kept) != before:
+            write_whole(path, b"".join(kept))
+        self.file = open(path, "ab", buffering=0)
+        self.size, self.pending = self.file.tell(), b""
+
+    def write(self, **values):
+        """Raises OSError where the disk refuses; the line then waits for the next call, and no part of it stays."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self.pending += json.dumps(finite).encode() + b"\n"
+        try:
+            if self.file.write(self.pending) < len(self.pending):
+                raise OSError("the disk is full")
+            os.fsync(self.file.fileno())
+        except OSError:
+            self.file.truncate(self.size)
+            raise
+        self.size, self.pending = self.size + len(self.pending), b""
+
+
+def open_trackers(config, out_dir: Path, step: int) -> list:
+    """Functions of (values, step) that show them elsewhere, on the curves of the run that is resumed."""
+    trackers = []
+    if config.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(out_dir, purge_step=step + 1)  # what it showed beyond the checkpoint is shown again
+
+        def show(values: dict, step: int):
+            nonlocal writer
+            writer, working = None, writer or SummaryWriter(out_dir)  # one that the disk refused takes nothing more
+            for name, value in values.items():
+                working.add_scalar(name, value, step)
+            working.flush()  # or a kill would take what waits
+            writer = working
+
+        trackers.append(show)
+    if config.wandb_project:
+        import wandb
+
+        if not (out_dir / "wandb_id").exists():
+            write_whole(out_dir / "wandb_id", secrets.token_hex(4).encode())
+        settings = {"name": out_dir.resolve().name, "id": (out_dir / "wandb_id").read_text(), "dir": out_dir, "config": asdict(config)}
+        try:
+            trackers.append(wandb.init(project=config.wandb_project, resume="allow", **settings).log)
+        except (wandb.Error, ValueError) as error:
+            fail(f"wandb_project={config.wandb_project} cannot be opened: {one_line(error)} (or WANDB_MODE=offline)")
+    return trackers

@@ -1,0 +1,242 @@
+"""`oec.unembedding_loss` again, lean: the same numbers, and never all N × V logits in memory.
+
+A chunk of tokens at a time, it multiplies out the logits, turns them into their own gradient where they lie, and
+multiplies that into the gradients of `hidden` and `W`: three matrix products in all, none computed twice. Only `loss`
+can be differentiated, and once; anything else raises, and `oec.unembedding_loss` can do it.
+
+This file needs PyTorch and `oec.py`; copy both beside your own trainer.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
+
+from oec import UnembeddingLoss, _real_size, check_arguments, rounding_nats
+
+# A chunk of logits holds about this many numbers, and at least CHUNK_ROWS tokens: small beside the model (on a CPU,
+# inside its caches), large enough to keep the matrix units busy and additions into the weight gradient rare.
+CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**28}
+CHUNK_ROWS = 256
+
+REFUSAL = (
+    "the lean unembedding_loss differentiates `loss`, once, and nothing else: detach its other entries, or use the plain "
+    "oec.unembedding_loss, which differentiates all of them any number of times (train.py: --fused_unembedding=False)"
+)
+
+
+def unembedding_loss(
+    hidden: Tensor,
+    W: Tensor,
+    targets: Tensor,
+    *,
+    vocab_size: int | None = None,
+    z_loss_weight: float = 0.0,
+    soft_cap: float = 0.0,
+    ignore_index: int = -1,
+    chunk_rows: int = 0,
+    logits_dtype: torch.dtype | None = None,
+) -> UnembeddingLoss:
+    """`oec.unembedding_loss` (same arguments, same numbers) in the memory of one chunk of logits.
+
+    `chunk_rows` is the number of tokens in a chunk; 0 chooses. Matrix products run in autocast's dtype, all else in
+    float32 (float64 for float64 input). The logits are stored in the products' dtype, or with `logits_dtype=torch.float32`
+    as they leave the accumulators, not rounded. Raises ValueError for shapes that do not fit, RuntimeError where an
+    entry other than `loss` is differentiated, for second derivatives, and in forward mode.
+    """
+    check_arguments(hidden, W, targets, z_loss_weight, soft_cap)
+    vocab_size = _real_size(W, vocab_size)
+    if chunk_rows < 0 or logits_dtype not in (None, torch.float32):
+        raise ValueError("chunk_rows must not be negative, and logits_dtype must be None or torch.float32")
+    if any(unpack_dual(tensor).tangent is not None for tensor in (hidden, W)):
+        raise RuntimeError(REFUSAL)
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():  # torch.func.grad and its like
+        raise RuntimeError(REFUSAL)
+    device, dtype = hidden.device.type, hidden.dtype
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    stored = torch.promote_types(dtype, logits_dtype or dtype)
+    if chunk_rows == 0:
+        chunk_rows = choose_chunk_rows(len(hidden), W.shape[0], device)
+    needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or W.requires_grad)
+    options = (vocab_size, z_loss_weight, soft_cap, ignore_index, chunk_rows, dtype, stored, needs_grad)
+    loss, statistics, *_ = _unembedding(hidden, W, targets, *options, torch.compiler.is_compiling())
+    *statistics, nats = statistics.unbind()
+    return UnembeddingLoss(loss, *statistics, nats.detach())
+
+
+def choose_chunk_rows(tokens: int, rows: int, device: str) -> int:
+    """Tokens in a chunk of logits for a weight of so many rows: all chunks about equal."""
+    most = max(CHUNK_ROWS, CHUNK_ELEMENTS.get(device, 2**26) // rows)
+    chunks = max(1, -(-tokens // most))
+    return max(1, -(-tokens // chunks))
+
+
+# One operator, opaque to the compiler: left to itself it would fuse the chunks and hold all their logits at once.
+@torch.library.custom_op("nanooec::unembedding", mutates_args=())
+def _unembedding(
+    hidden: Tensor, W: Tensor, targets: Tensor, vocab_size: int, z_weight: float, cap: float, ignore_index: int,
+    chunk_rows: int, dtype: torch.dtype, stored: torch.dtype, needs_grad: bool, compiled: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Loss, the other scalars of UnembeddingLoss, ∂(sum over tokens)/∂hidden and ∂/∂W, and 1/count.
+
+    Gradients are formed here, where the logits are, as sums over tokens. The 1/count waits for `backward` and float32:
+    half precision would lose it, since 1/N times a probability of one in 50,000 is below float16's smallest number.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    softmax_pass = _compiled_softmax_pass() if compiled else _softmax_pass
+    (N, d), rows = hidden.shape, W.shape[0]
+    with torch.autocast(hidden.device.type, enabled=False):
+        hidden_low, W_low = hidden.to(dtype), W.to(dtype)
+        factor = W_low.T if stored == dtype else _wide_factor(W_low.T, wide)
+        buffer = hidden.new_empty(min(chunk_rows, N), rows, dtype=stored)  # one chunk's logits, then their gradient
+        statistics = hidden.new_empty(5, N, dtype=wide)
+        grad_hidden = hidden_low.new_empty(N if needs_grad else 0, d)
+        grad_W = W.new_zeros(rows if needs_grad else 0, d, dtype=wide)
+        for first in range(0, N, chunk_rows):
+            chunk = slice(first, first + chunk_rows)
+            h, target = hidden_low[chunk], targets[chunk]
+            logits = _multiply(h, factor, out=buffer[: len(h)])
+            real = logits[:, :vocab_size]
+            statistics[:, chunk] = softmax_pass(real, target, z_weight, cap, ignore_index, wide, needs_grad)
+            if needs_grad:
+                logits[:, vocab_size:] = 0
+                grad_logits = logits.to(dtype)
+                torch.mm(grad_logits, W_low, out=grad_hidden[chunk])
+                _add_product(grad_W, grad_logits.T, h)
+        loss, reported, inverse_count = _reduce(statistics, targets != ignore_index, z_weight, cap, stored)
+    return loss, reported, grad_hidden, grad_W, inverse_count
+
+
+def _wide_factor(factor: Tensor, wide: torch.dtype) -> Tensor:
+    """The right operand of products whose result is not rounded. CUDA has such products; elsewhere the operands are widened."""
+    return factor if factor.is_cuda else factor.to(wide)
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    if a.is_cuda and a.dtype != out.dtype:
+        return torch.mm(a, b, out_dtype=out.dtype, out=out)
+    return torch.mm(a.to(b.dtype), b, out=out)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor):
+    """total += a @ b. A sum over tokens is not rounded to half precision, where it might overflow too."""
+    if a.is_cuda and a.dtype != total.dtype:
+        total.add_(torch.mm(a, b, out_dtype=total.dtype))
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+@_unembedding.register_fake
+def _(hidden, W, targets, vocab_size, z_weight, cap, ignore_index, chunk_rows, dtype, stored, needs_grad, compiled):
+    wide, n = torch.promote_types(dtype, torch.float32), int(needs_grad)
+    scalar = hidden.new_empty((), dtype=wide)
+    grad_hidden = hidden.new_empty(n * hidden.shape[0], hidden.shape[1], dtype=dtype)
+    grad_W = W.new_empty(n * W.shape[0], W.shape[1], dtype=wide)
+    return scalar, hidden.new_empty(len(UnembeddingLoss._fields) - 1, dtype=wide), grad_hidden, grad_W, torch.empty_like(scalar)
+
+
+def _save_gradients(ctx, inputs, output):
+    ctx.set_materialize_grads(False)  # None for an output that nothing was made of
+    ctx.save_for_backward(*output[2:])
+    ctx.dtypes = inputs[0].dtype, inputs[1].dtype
+
+
+def _scale_gradients(ctx, grad_loss, *grads_of_others):
+    grad_hidden, grad_W, inverse_count = ctx.saved_tensors
+    scale = inverse_count * (0.0 if grad_loss is None else grad_loss)
+    for grad in grads_of_others:  # of statistics, or of the gradients themselves where they are differentiated again
+        if grad is not None:
+            scale = scale + _refuse(grad)
+    return (grad_hidden * scale).to(ctx.dtypes[0]), (grad_W * scale).to(ctx.dtypes[1]), *[None] * 10
+
+
+_unembedding.register_autograd(_scale_gradients, setup_context=_save_gradients)
+
+
+# An operator, since a compiled backward pass has gradients of all outputs: zeros for those that nothing was made of.
+@torch.library.custom_op("nanooec::refuse_gradient", mutates_args=())
+def _refuse(grad: Tensor) -> Tensor:
+    """0, a scalar, for a gradient of zeros; raises for any other."""
+    if (grad != 0).any():
+        raise RuntimeError(REFUSAL)
+    return grad.new_zeros(())
+
+
+@_refuse.register_fake
+def _(grad):
+    return grad.new_empty(())
+
+
+def _refuse_again(ctx, grad):
+    raise RuntimeError(REFUSAL)
+
+
+_refuse.register_autograd(_refuse_again)
+
+
+def _softmax_pass(logits, target, z_weight, cap, ignore_index, wide, needs_grad):
+    """One chunk: five numbers a token, (5, rows); `logits` become ∂(Σ over tokens of the loss)/∂(logits before the cap).
+
+        L         = log Z − l_target + λ (log Z)²
+        ∂L/∂l_i   = p_i (1 + 2 λ log Z) − 1[i = target]
+        l         = c·tanh(raw / c) = 2c·σ(2 raw / c) − c   gives   ∂l/∂raw = 1 − (l/c)²
+
+    Mean and variance of a token's logits are taken about its largest logit: nothing cancels when all of
+    them have drifted far from zero together, which is the case worth watching.
+    """
+
+    def capped(raw):
+        if not cap:
+            return raw
+        if cap > 1024:  # where σ's form would cancel
+            return cap * torch.tanh(raw / cap)
+        return 2 * cap * torch.sigmoid(raw * (2 / cap)) - cap  # a third of tanh's time on a CPU
+
+    raw = logits.to(wide)  # (rows, V)
+    highest, lowest = capped(raw.amax(dim=1, keepdim=True)), capped(raw.amin(dim=1, keepdim=True))  # (rows, 1)
+    l = capped(raw)
+    below_highest = l - highest
+    log_sum = below_highest.exp().sum(dim=1, keepdim=True).log()
+    log_z = highest + log_sum
+
+    vocab_size = logits.shape[1]
+    is_counted = (target != ignore_index)[:, None]
+    target = torch.where(is_counted, target[:, None], 0)
+    l_target = capped(raw.gather(1, target))
+    mean_distance = below_highest.sum(dim=1, keepdim=True) / vocab_size
+    variance = below_highest.square().sum(dim=1, keepdim=True) / vocab_size - mean_distance.square()
+    absmax = torch.maximum(highest.abs(), lowest.abs())
+    statistics = torch.cat((log_z, l_target, highest + mean_distance, variance, absmax), dim=1).T
+    if needs_grad:
+        is_target = torch.arange(vocab_size, device=l.device, dtype=torch.int32) == target.int()
+        # The probability once more from its exponent: cheaper than a second buffer of a chunk's size.
+        grad = (below_highest - log_sum).exp() * (1 + 2 * z_weight * log_z) - is_target.to(wide)
+        if cap:
+            grad = grad * (1 - (l / cap).square())
+        logits.copy_(torch.where(is_counted, grad, 0.0))
+    return statistics
+
+
+@cache
+def _compiled_softmax_pass():
+    return torch.compile(_softmax_pass, dynamic=False)
+
+
+def _reduce(statistics, counted, z_weight, cap, stored):
+    """(5, N) numbers of tokens to the loss, the other scalars of UnembeddingLoss as one vector, and 1/count."""
+    log_z, l_target, mean, variance, absmax = torch.where(counted, statistics, 0.0)
+    inverse_count = 1 / counted.sum().clamp(min=1).to(log_z.dtype)
+    cross_entropy = (log_z - l_target).sum() * inverse_count
+    z_loss = log_z.square().sum() * inverse_count
+    logit_mean = mean.sum() * inverse_count
+    # The variance of all logits is the mean variance within a token plus the variance of the tokens' means.
+    spread = torch.where(counted, mean - logit_mean, 0.0).square()
+    logit_std = ((variance + spread).sum() * inverse_count).clamp(min=0).sqrt()
+    log_z_mean = log_z.sum() * inverse_count
+    logit_absmax = absmax.amax() if len(counted) else absmax.sum()
+    nats = rounding_nats((mean.square() + variance.clamp(min=0)).sqrt(), stored)
+    nats = torch.where(counted, nats, 0.0).sum() * inverse_count if not cap else torch.full_like(z_loss, torch.nan)
+    reported = torch.stack((cross_entropy, z_loss, log_z_mean, logit_mean, logit_std, logit_absmax, nats))
+    return cross_entropy + z_weight * z_loss, reported, inverse_count
