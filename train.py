@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=8 train.py config/oec.py              the same run on eight GPUs
     torchrun train.py config/paper_16m.py config/mu_loss.py --learning_rate=0.03
 
-From top to bottom: settings, optimizers, the schedule, averages, evaluation, the step, the loop.
+From top to bottom: settings, optimizers, the schedule, evaluation, the step, the loop.
 """
 
 import math
@@ -26,9 +26,9 @@ import oec
 from data.shards import Loader, TokenWindows, dataset_folder, open_dataset, permute, samples_of_process
 from model import ARCHITECTURE, GPT, METHODS, METRICS, WEIGHTS, GPTConfig, check_model_config
 from runtime.checkpoint import find_checkpoint, load_weights, restore, state_of
-from runtime.errors import fail
+from runtime.errors import diverged, fail
 from runtime.folder import RunFolder, open_out_dir, run_name
-from runtime.machine import Machine, StopRequest, errors_for_people, start_machine
+from runtime.machine import Machine, StopRequest, average, errors_for_people, start_machine
 from runtime.settings import check_settings, print_help, read_settings
 
 # --- settings ------------------------------------------------------------------------------------
@@ -135,30 +135,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.min_learning_rate + height * (config.learning_rate - config.min_learning_rate)
 
 
-# --- averages and evaluation ---------------------------------------------------------------------
-
-
-def average(passes: list[tuple[float, dict[str, Tensor]]], machine: Machine) -> dict[str, Tensor]:
-    """(weight, metrics) of forward passes on all processes, combined as METRICS says: what one pass over all their tokens
-    would give. Float64, on the device, without waiting for it."""
-    if unknown := passes[0][1].keys() - METRICS.keys():
-        fail(f"GPT.forward returns the metric {sorted(unknown)[0]!r}: say in METRICS of model.py how it is combined")
-    mean_of = {name: how.removeprefix("std about ") for name, how in METRICS.items() if how.startswith("std about ")}
-    rows = []
-    for weight, metrics in passes:
-        values = {name: value.double() for name, value in metrics.items()}
-        for name in mean_of.keys() & values.keys():  # second moments can be averaged
-            values[name] = values[name] ** 2 + values[mean_of[name]] ** 2
-        rows.append(weight * torch.stack([*values.values(), torch.ones_like(values["loss"])]))
-    total = machine.all_reduce(torch.stack(rows).sum(dim=0))
-    combined = dict(zip(values, (total[:-1] / total[-1]).unbind()))
-    for name in combined:
-        if name in mean_of:
-            combined[name] = (combined[name] - combined[mean_of[name]] ** 2).clamp(min=0).sqrt()
-        elif METRICS[name] == "max":
-            largest = torch.stack([metrics[name] for _, metrics in passes]).max()
-            combined[name] = machine.all_reduce(largest, dist.ReduceOp.MAX)
-    return combined
+# --- evaluation ----------------------------------------------------------------------------------
 
 
 def evaluate(model, val: TokenWindows, config: TrainConfig, machine: Machine) -> dict[str, float]:
@@ -176,7 +153,7 @@ def evaluate(model, val: TokenWindows, config: TrainConfig, machine: Machine) ->
         targets[len(batch) :] = -1  # a short last batch keeps its shape, so nothing is compiled for it
         with torch.set_grad_enabled(config.compile), machine.autocast():
             passes.append((weight, model(tokens[:, :-1], targets)[1]))
-    return {name: value.item() for name, value in average(passes, machine).items()}
+    return {name: value.item() for name, value in average(passes, METRICS, machine).items()}
 
 
 @torch.no_grad()
@@ -249,7 +226,7 @@ class Trainer:
                     loss, metrics = self.parallel(tokens, targets)
                 self.scaler.scale(loss / n_passes).backward()
             passes.append((1, metrics))
-        metrics = average(passes, machine)
+        metrics = average(passes, METRICS, machine)
 
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
@@ -300,19 +277,6 @@ class Trainer:
             if self.machine.rank == 0:
                 self.folder.write_metrics(split, self.step, {"tokens": tokens, **values})
 
-    def stop_diverged(self):
-        """Exit status 3, and what went bad first."""
-        first = self.first_bad
-        name = next((name for name in ("logit_absmax", "loss") if not math.isfinite(first[name])), "grad_norm")
-        state = ", ".join(f"{name} {first[name]:.4g}" for name in ("loss", "grad_norm", "logit_mean", "logit_absmax"))
-        self.machine.say(
-            f"diverged: {self.bad_in_row} steps in a row had no finite loss and gradient and were left out. "
-            f"{name} went bad first, at step {first['step']}: {state}, lr {learning_rate(self.config, first['step'] - 1):.4g}, "
-            f"‖μ‖ {mu_metrics(self.model, self.machine.dtype)['stored_mu_norm']:.4g}. Resume from the last checkpoint with a lower learning rate, "
-            "or use config/oec.py"
-        )
-        raise SystemExit(3)
-
     def run(self):
         config, machine = self.config, self.machine
         if self.step >= config.max_steps:
@@ -342,7 +306,9 @@ class Trainer:
                 self.log(metrics, tokens / max(now - logged_at, 1e-9), (config.max_steps - self.step) * pace)
                 logged_step, logged_at = self.step, time.monotonic()
             if self.bad_in_row == config.max_bad_steps:
-                self.stop_diverged()
+                rate = learning_rate(config, self.first_bad["step"] - 1)
+                machine.say(diverged(self.first_bad, self.bad_in_row, rate, mu_metrics(self.model, machine.dtype)["stored_mu_norm"]))
+                raise SystemExit(3)
 
             # once in a while: evaluate
             paused_at = time.monotonic()

@@ -228,6 +228,29 @@ class StopRequest:
         return self.machine.any(self.is_received or is_orphan)
 
 
+def average(passes: list[tuple[float, dict]], how: dict[str, str], machine: Machine) -> dict[str, torch.Tensor]:
+    """(weight, metrics) of forward passes on all processes, combined as `how` says of each: "mean", "max", or "std about"
+    another one that is its mean. What one pass over all their tokens would give; float64, without waiting for the device."""
+    if unknown := passes[0][1].keys() - how.keys():
+        fail(f"GPT.forward returns the metric {sorted(unknown)[0]!r}: say in METRICS of model.py how it is combined")
+    mean_of = {name: word.removeprefix("std about ") for name, word in how.items() if word.startswith("std about ")}
+    rows = []
+    for weight, metrics in passes:
+        values = {name: value.double() for name, value in metrics.items()}
+        for name in mean_of.keys() & values.keys():  # second moments can be averaged
+            values[name] = values[name] ** 2 + values[mean_of[name]] ** 2
+        rows.append(weight * torch.stack([*values.values(), torch.ones_like(values["loss"])]))
+    total = machine.all_reduce(torch.stack(rows).sum(dim=0))
+    combined = dict(zip(values, (total[:-1] / total[-1]).unbind()))
+    for name in combined:
+        if name in mean_of:
+            combined[name] = (combined[name] - combined[mean_of[name]] ** 2).clamp(min=0).sqrt()
+        elif how[name] == "max":
+            largest = torch.stack([metrics[name] for _, metrics in passes]).max()
+            combined[name] = machine.all_reduce(largest, dist.ReduceOp.MAX)
+    return combined
+
+
 @contextmanager
 def errors_for_people():
     """Errors of the machine, not of the code: a full memory, a compile cache that a kill left unfinished."""

@@ -13,7 +13,7 @@ import torch
 
 import train
 from data.shards import Loader, open_dataset, samples_of_process
-from model import GPT, METHODS, WEIGHTS, GPTConfig
+from model import GPT, METHODS, METRICS, WEIGHTS, GPTConfig
 from runtime.checkpoint import read_checkpoint, save_weights
 from runtime.folder import run_name
 from runtime.settings import read_config_file
@@ -217,7 +217,7 @@ def test_averages_are_those_of_one_pass_over_all_tokens():
     tokens = torch.randint(0, 300, (6, 17), generator=torch.Generator().manual_seed(0))
     whole = model(tokens[:, :-1], tokens[:, 1:])[1]
     parts = [(len(part), model(part[:, :-1], part[:, 1:])[1]) for part in tokens.split((1, 2, 3))]
-    averaged = train.average(parts, Machine(0, 1, torch.device("cpu"), torch.float32))
+    averaged = train.average(parts, METRICS, Machine(0, 1, torch.device("cpu"), torch.float32))
     for name, value in whole.items():
         torch.testing.assert_close(averaged[name], value, msg=name)
 
@@ -225,7 +225,7 @@ def test_averages_are_those_of_one_pass_over_all_tokens():
 def test_a_metric_that_nobody_says_how_to_average_is_refused(capsys):
     machine = Machine(0, 1, torch.device("cpu"), torch.float32)
     passes = [(1, {"loss": torch.tensor(1.0), "surprise": torch.tensor(2.0)})]
-    assert "'surprise'" in fails_in_one_line(capsys, train.average, passes, machine)
+    assert "'surprise'" in fails_in_one_line(capsys, train.average, passes, METRICS, machine)
 
 
 def test_evaluation_does_not_depend_on_the_micro_batch(data, tmp_path, train_here):
