@@ -265,7 +265,7 @@ class Trainer:
             + (f" | MFU {values['mfu']:.1%}" if math.isfinite(values["mfu"]) else "")
             + f" | ‖μ‖ {values['mu_norm']:.3g} | mean logit {values['logit_mean']:.3g}"
             + (f" | rounding costs {values['rounding_nats']:.3f} nats" if values["rounding_nats"] > 0.001 else "")
-            + (": continue with --oec=mu_centering, which changes nothing else" if values["rounding_nats"] >= 0.01 else "")
+            + (f": resume with --oec=mu_centering --out_dir={self.out_dir}" if values["rounding_nats"] >= 0.01 else "")
             + (f" | {self.bad_steps} bad steps" if self.bad_steps else "")
             + (f" | {timedelta(seconds=round(seconds_left))} left" if tokens_per_second else "")
         )

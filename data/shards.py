@@ -72,7 +72,7 @@ class TokenWindows:
         self.folder, self.block_size, self.vocab_size = folder, block_size, vocab_size
         self.paths = sorted(folder.glob(f"*{split}*.bin"))
         if not self.paths:
-            fail(f"no *{split}*.bin in {folder}: prepare the dataset first (see README.md, Data)")
+            fail(f"no *{split}*.bin in {folder}: prepare the dataset first (see docs/data.md)")
         self.shards = [open_shard(path) for path in self.paths]
         # Windows of a shard do not overlap, but for the last target of one being the first token of the next.
         counts = [max(0, (len(shard) - 1) // block_size) for shard in self.shards]
@@ -133,7 +133,7 @@ def dataset_folder(dataset: str, data_dir: str) -> Path:
 def open_dataset(folder: Path, block_size: int, vocab_size: int) -> tuple[TokenWindows, TokenWindows]:
     """The train and val windows of a folder of shards, checked against its `meta.json` where it has one."""
     if not os.path.isdir(folder):
-        fail(f"there is no dataset folder {folder}: prepare it first, as README.md says under Data")
+        fail(f"there is no dataset folder {folder}: prepare it first (see docs/data.md)")
     if (folder / ".partial").exists():
         fail(f"the preparation of {folder} is not finished: wait for it, or run its prepare.py again")
     stated = read_meta(folder).get("vocab_size", vocab_size)

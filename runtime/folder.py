@@ -24,6 +24,8 @@ def run_name(config, methods: dict[str, dict], weights: dict[str, str]) -> str:
         is_on = method != "baseline" and all(getattr(config, name) == value for name, value in settings.items() if name != weight)
         if is_on and (weight is None or getattr(config, weight)):
             names.append(method + (f"{getattr(config, weight):g}" if weight else ""))
+    if config.oec != "none" and config.oec not in methods:  # a remedy of your own
+        names.append(config.oec)
     method = "+".join(names + ["tied"] * config.tie_weights) or "baseline"
     data = Path(config.data_dir).resolve().name if config.data_dir else config.dataset
     return f"{data}-{config.n_layer}x{config.n_embd}-{method}-lr{config.learning_rate:g}-seed{config.seed}"

@@ -87,7 +87,7 @@ def test_a_drifted_checkpoint_starts_a_run(trained, tmp_path):
         done = run_command(tiny_arguments(trained / "data", run, max_steps=2, warmup_steps=0, eval_interval=0, eval_sequences=64, **options))
         assert done.returncode == 0, done.stderr
         lines[dtype, method] = metrics_of(run)[-1]
-        assert ("rounding costs" in done.stdout) == ("--oec=mu_centering" in done.stdout) == ((dtype, method) == ("bfloat16", "none"))
+        assert ("rounding costs" in done.stdout) == ("resume with --oec=mu_centering --out_dir=" in done.stdout) == ((dtype, method) == ("bfloat16", "none"))
     exact, low, centred = (line["cross_entropy"] for line in lines.values())
     assert low - exact > 0.1 and abs(centred - exact) < 5e-3
     assert lines["bfloat16", "none"]["logit_mean"] == pytest.approx(588, rel=0.02)

@@ -1,4 +1,4 @@
-"""Several machines: the README's command on two hosts, each a network namespace of this machine; and tools/slurm.sh."""
+"""Several machines: the command of docs/several_machines.md on two hosts, each a network namespace of this machine; and tools/slurm.sh."""
 
 import os
 import re
@@ -24,8 +24,8 @@ def torchrun_words(text: str, arguments=(), **environment) -> list[str]:
     return done.stdout.splitlines()
 
 
-def words_of_readme() -> list[str]:
-    return torchrun_words((ROOT / "README.md").read_text().split("\n## Several machines\n")[1])
+def words_of_docs() -> list[str]:
+    return torchrun_words((ROOT / "docs/several_machines.md").read_text())
 
 
 def words_of_slurm() -> list[str]:
@@ -34,7 +34,7 @@ def words_of_slurm() -> list[str]:
     return torchrun_words(text, arguments, SLURM_NNODES="2", SLURM_GPUS_ON_NODE="8", head_node="HOST", SLURM_JOB_ID="1")
 
 
-@pytest.mark.parametrize("words_of", (words_of_readme, words_of_slurm))
+@pytest.mark.parametrize("words_of", (words_of_docs, words_of_slurm))
 def test_the_commands_are_what_torchrun_and_train_take(words_of, monkeypatch):
     options = get_args_parser().parse_args(words_of())
     assert (options.nnodes, options.nproc_per_node, options.rdzv_backend) == ("2", "8", "c10d")
@@ -75,12 +75,12 @@ def namespaces():
 
 
 def run_on_both(namespaces, arguments, tmp_path, known_names: bool = True, own_disk: str = "") -> list[tuple[int, str]]:
-    """The README's command with one process on each host: both exit statuses and outputs.
+    """The command of docs/several_machines.md with one process on each host: both exit statuses and outputs.
 
-    Without known names, each host's leads to itself alone, and what the README says of that is added. `own_disk` is a
+    Without known names, each host's leads to itself alone, and what docs/several_machines.md says of that is added. `own_disk` is a
     folder that is another one, empty, on the second host.
     """
-    words = words_of_readme()
+    words = words_of_docs()
     words = [word.replace("--nproc_per_node=8", "--nproc_per_node=1") for word in words[: words.index("train.py")]]
     names_file = tmp_path / "hosts"
     known = [f"{address} {host}" for host, address in ADDRESSES.items()] if known_names else ["127.0.0.1 host-a host-b"]

@@ -1,4 +1,4 @@
-"""oec.py in other people's trainers: the README's own lines, run as they stand, and weights sharded over processes."""
+"""oec.py in other people's trainers: the lines of docs/your_own_trainer.md, run as they stand, and weights sharded over processes."""
 
 import copy
 import re
@@ -13,12 +13,12 @@ from tests.conftest import ROOT, run_command
 V, D, T = 30, 8, 6
 
 
-def run_lines_of_readme(which: str, **names) -> dict:
-    """Runs one of the three pieces of code in the section on other trainers; all names it leaves."""
-    section = (ROOT / "README.md").read_text().split("\n## In your own trainer\n")[1].split("\n## ")[0]
+def run_lines_of_docs(which: str, **names) -> dict:
+    """Runs one of the three pieces of code there; all names it leaves."""
+    section = (ROOT / "docs/your_own_trainer.md").read_text()
     plain, hugging_face, lightning = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     code = {"plain": plain, "Hugging Face": hugging_face, "Lightning": lightning}[which]
-    exec(compile(code, "README.md", "exec"), names)
+    exec(compile(code, "docs/your_own_trainer.md", "exec"), names)
     return names
 
 
@@ -47,7 +47,7 @@ def test_a_plain_loop():
     optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], 0.1)
     before = copy.deepcopy((model, head.weight))
     batch = tokens_of(1, 4, T), tokens_of(2, 4, T)
-    loss = run_lines_of_readme("plain", model=model, head=head, optimizer=optimizer, batches=[batch])["loss"]
+    loss = run_lines_of_docs("plain", model=model, head=head, optimizer=optimizer, batches=[batch])["loss"]
     expected = cross_entropy(before[0](batch[0]), before[1], batch[1]) + weighted_mu_loss(before[1])
     torch.testing.assert_close(loss, expected)
     assert (head.weight - before[1]).abs().max() > 1
@@ -56,8 +56,8 @@ def test_a_plain_loop():
 
 @pytest.fixture
 def hugging_face(tmp_path):
-    """The README's classes, and what makes a fresh tiny GPT-2, the same each time, and settings to train it with."""
-    reason = "the README's lines for Hugging Face need: pip install transformers accelerate"
+    """The classes there, and what makes a fresh tiny GPT-2, the same each time, and settings to train it with."""
+    reason = "the lines of docs/your_own_trainer.md for Hugging Face need: pip install transformers accelerate"
     pytest.importorskip("accelerate", reason=reason)
     transformers = pytest.importorskip("transformers", reason=reason)
 
@@ -79,7 +79,7 @@ def hugging_face(tmp_path):
         return transformers.TrainingArguments(**settings | changes)
 
     dataset = [{"input_ids": row, "labels": row} for row in tokens_of(3, 8, T)]
-    names = run_lines_of_readme("Hugging Face", model=fresh_model(), arguments=arguments(), dataset=dataset)
+    names = run_lines_of_docs("Hugging Face", model=fresh_model(), arguments=arguments(), dataset=dataset)
     return names, fresh_model, arguments
 
 
@@ -94,7 +94,7 @@ def test_hugging_face_centring(hugging_face):
     for callbacks in ([names["MuCentering"](), Watch()], [Watch()]):
         names["Trainer"](fresh_model(), arguments(), train_dataset=names["dataset"], callbacks=callbacks).train()
     assert len(means) == 4 and max(means[:2]) < 1e-5 and min(means[2:]) > 1
-    assert mean_embedding(names["model"].lm_head.weight).abs().max() < 1e-5  # the README's own two runs, the second centred
+    assert mean_embedding(names["model"].lm_head.weight).abs().max() < 1e-5  # its own two runs, the second centred
 
 
 def test_hugging_face_mu_loss(hugging_face):
@@ -114,7 +114,7 @@ def test_hugging_face_mu_loss(hugging_face):
 
 
 def test_lightning(tmp_path):
-    lightning = pytest.importorskip("lightning", reason="the README's lines for Lightning need: pip install lightning")
+    lightning = pytest.importorskip("lightning", reason="the lines of docs/your_own_trainer.md for Lightning need: pip install lightning")
     torch.manual_seed(0)
 
     class YourModule(lightning.LightningModule):
@@ -138,7 +138,7 @@ def test_lightning(tmp_path):
             seen.append((outputs["loss"].item(), self.expected))
             assert (module.head.weight - self.before).abs().max() > 0.05
 
-    seen, module = [], run_lines_of_readme("Lightning", YourModule=YourModule)["Centered"]()
+    seen, module = [], run_lines_of_docs("Lightning", YourModule=YourModule)["Centered"]()
     batches = [(tokens_of(seed, 4, T), tokens_of(seed + 10, 4, T)) for seed in range(3)]
     options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = lightning.Trainer(

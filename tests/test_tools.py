@@ -1,5 +1,6 @@
 """tools/: from the command line, on a run that the test has trained."""
 
+import csv
 import importlib
 import importlib.util
 import json
@@ -33,7 +34,7 @@ def run_folder(tmp_path_factory):
 
 def tool(name, *arguments):
     command = [sys.executable, "-m", f"tools.{name}", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
 
 
 @pytest.fixture
@@ -245,9 +246,33 @@ def test_scaling_is_drawn(tmp_path, refusal):
     assert "other.json" in refusal("plot", tmp_path / "other.json")
 
 
-@pytest.mark.parametrize("name", ("sample", "sweep", "plot", "bench", "memory", "why", "export_hf", "import_hf"))
+@pytest.mark.parametrize("name", ("sample", "sweep", "plot", "bench", "memory", "why", "drift", "export_hf", "import_hf"))
 def test_help(capsys, monkeypatch, name):
     monkeypatch.setattr(sys, "argv", [name, "--help"])
     with pytest.raises(SystemExit) as end:
         importlib.import_module(f"tools.{name}").main()
     assert end.value.code == 0 and "--" in capsys.readouterr().out
+
+
+# --- rescue
+
+
+def test_a_rescue_is_resumed_and_mends_a_drift(tmp_path_factory, tmp_path):
+    """Two arms from a drift; the second call finds them there and adds a third."""
+    folder = tmp_path_factory.mktemp("rescue")
+    documents = [f"the number {i} comes before the number {i + 1}.\n" * 5 for i in range(400)]
+    prepare(documents, folder / "data", str(ROOT / "data/stdlib/vocabulary.tiktoken"), source="test", val_fraction=0.1)
+    done = run_command(tiny_arguments(folder / "data", folder / "out", vocab_size=4096, max_steps=24, eval_interval=24, oec="none"))
+    assert done.returncode == 0, done.stderr
+    command = ["rescue", folder / "out", "--mean_logits", "588", "--steps", "6", "--compile", "False", "--out", tmp_path / "rescue"]
+    for arms, says in (("baseline,mu_centering", "0 of 2"), ("baseline,mu_centering,float32_head", "2 of 3")):
+        done = tool("why", *command, "--arms", arms)
+        assert done.returncode == 0 and says in done.stdout, done.stdout + done.stderr
+    rows = list(csv.DictReader(open(tmp_path / "rescue/rescue.csv")))
+    last = {row["arm"]: float(row["loss"]) for row in rows if row["step"] == "6"}
+    assert last["baseline"] > last["mu_centering"] + 0.1 and last["float32_head"] == pytest.approx(last["mu_centering"], abs=0.05)
+    for words, says in ((["--arms", "adam"], "adam"), (["--learning_rates", "fast"], "fast"), (["--weights", "1"], "--weights")):
+        done = tool("why", *command, *words)
+        assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1
+    (tmp_path / "bad.csv").write_text("mean_logit,step\n1,2\n")
+    assert tool("plot", "--why", tmp_path / "bad.csv", tmp_path / "rescue/rescue.csv").returncode == 2

@@ -4,12 +4,14 @@
     python -m tools.plot out/RUN_A out/RUN_B --out curves
     python -m tools.plot out/RUN_A out/RUN_B --curves mu_norm,stored_mu_norm --out curves
     python -m tools.plot scaling.json --out results/scaling
+    python -m tools.plot --why curve.csv rescue.csv --published published.csv --out results/why
     python -m tools.plot --geometry out/RUN/ckpt_0001000.pt model.safetensors --out geometry
 
 Writes OUT.png and OUT.svg. Needs matplotlib; for .safetensors files and Hugging Face folders, safetensors.
 """
 
 import argparse
+import csv
 import json
 import math
 import statistics
@@ -22,8 +24,9 @@ import oec
 from data.shards import dataset_folder, open_dataset
 from runtime.checkpoint import checkpoints, read_checkpoint
 from runtime.errors import fail, one_line
+from tools.drift import draw_curve, published_rows
 from tools.sample import load_model
-from tools.sweep import lr_sensitivity, read_sweep
+from tools.sweep import read_sweep, sensitivities
 
 # For a printed page without colours each line has its own marker and dashes as well. (colour, marker, dashes)
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,10 +113,8 @@ def draw_sweep(rows: list[dict], published: list[dict], out: Path):
                 if not is_ours:
                     colour, marker, dashes = colour, None, (0, (1, 2))
                 if column == "lrs":
-                    losses = {rate: statistics.mean(v) for rate, v in by_rate(mine, "test_loss").items()}
-                    if len(losses) > 1:
-                        initial = float(mine[0].get("initial_loss") or math.log(50257))
-                        value = lr_sensitivity(losses.values(), initial)
+                    if values := sensitivities(mine):
+                        value = statistics.median(values)
                         axis.barh(name + ("" if is_ours else "\n(published)"), value, color=colour, alpha=1 if is_ours else 0.35)
                         axis.text(value, name + ("" if is_ours else "\n(published)"), f" {value:.3f}", va="center", fontsize=7)
                     continue
@@ -169,6 +170,53 @@ def draw_curves(folders: list[Path], names: list[str], out: Path):
     axes[0][0].legend(fontsize=7, title="lines: train, marks: validation", title_fontsize=7)
     figure.tight_layout()
     save(figure, out)
+
+
+def draw_why(curve: Path, rescue: Path, published: Path | None, out: Path):
+    """results/why.md's figure: what a drift costs by precision (tools.drift --curve), and how each method mends it
+    (tools.why rescue): medians over the seeds of the drift that has most of them, and their ranges."""
+    rows, points = read_table(curve, ("mean_logit", "excess")), published_rows(published) if published else []
+    runs = [row for row in read_table(rescue, ("mean_logit", "step", "loss")) if not row["weight"]]
+    drifted = [row for row in runs if row["mean_logit"] != "0"]
+    if not drifted:
+        fail(f"{rescue} holds no run from a drift")
+    drift = statistics.mode(row["mean_logit"] for row in drifted)
+    rate = statistics.mode(row["learning_rate"] for row in drifted)
+    plt = pyplot()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4))
+    left.set_title("what a drift costs, by precision", loc="left", fontsize=9)
+    draw_curve(left, [row | {"mean_logit": float(row["mean_logit"]), "excess": float(row["excess"])} for row in rows], points)
+    styles = STYLES | {"float32_logits": ("#d55e00", "X", "-."), "float32_head": ("#222222", "*", ":")}
+    for arm in styles:
+        values = {}
+        for row in drifted:
+            if (row["mean_logit"], row["learning_rate"], row["arm"]) == (drift, rate, arm):
+                values.setdefault(int(row["step"]), []).append(float(row["loss"]))
+        if values:
+            colour, marker, dashes = styles[arm]
+            label = {"float32_logits": "baseline, float32 logits", "float32_head": "baseline, float32 head"}.get(arm, arm)
+            right.plot(list(values), [statistics.median(v) for v in values.values()], color=colour, marker=marker, ls=dashes, ms=4, lw=1.3, label=label)
+            right.fill_between(list(values), *([f(v) for v in values.values()] for f in (min, max)), color=colour, alpha=0.15, lw=0)
+    undrifted = [float(row["loss"]) for row in runs if row["mean_logit"] == "0" and row["learning_rate"] == rate and row["arm"] == "baseline"]
+    if undrifted:
+        right.axhline(undrifted[-1], color="#888888", lw=0.8, ls="--", label="baseline, never drifted, at the end")
+    right.set_title(f"trained further in bfloat16 from a mean logit of {drift}", loc="left", fontsize=9)
+    right.set(xlabel="step", ylabel="validation loss (nats)")
+    right.legend(fontsize=6.5)
+    figure.tight_layout()
+    save(figure, out)
+
+
+def read_table(path: Path, columns: tuple[str, ...]) -> list[dict]:
+    """The rows of a csv file; ends the program where one of the columns is missing or no number."""
+    try:
+        rows = list(csv.DictReader(path.read_text().splitlines()))
+        for row in rows:
+            for name in columns:
+                float(row[name])
+    except (OSError, UnicodeDecodeError, KeyError, ValueError, TypeError, csv.Error) as error:
+        fail(f"{path} is no table with the columns {', '.join(columns)}: {one_line(error)}")
+    return rows
 
 
 def draw_scaling(path: Path, out: Path):
@@ -302,6 +350,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="+", type=Path, help="a sweep.csv, or folders of runs, or a bench's scaling .json, or with --geometry checkpoints")
     parser.add_argument("--geometry", action="store_true", help="print and draw the geometry of output embeddings, as stored and centred")
+    parser.add_argument("--why", action="store_true", help="the figure of results/why.md, from the csv files of tools.drift and tools.why rescue")
     parser.add_argument("--curves", default=",".join(list(CURVES)[:6]), help="columns of metrics.jsonl to draw (default: %(default)s)")
     parser.add_argument("--published", type=Path, help="a csv of published figures to draw beside a sweep's")
     parser.add_argument("--size", default="16M", help="which size of the published ones (default: %(default)s)")
@@ -309,7 +358,11 @@ def main():
     options = parser.parse_args()
     if missing := [path for path in options.inputs if not path.exists()]:
         fail(f"there is no {missing[0]}")
-    if options.geometry:
+    if options.why:
+        if len(options.inputs) != 2:
+            fail("--why takes two files: the csv of tools.drift --curve and that of tools.why rescue")
+        draw_why(*options.inputs, options.published, options.out)
+    elif options.geometry:
         draw_geometry(options.inputs, options.out)
     elif options.inputs[0].suffix == ".csv":
         rows = sweep_rows(options.inputs[0], options.size)

@@ -148,6 +148,20 @@ def write_sweep(out: Path, rows: list[dict]):
     write_whole(out / "summary.md", summary(rows).encode())
 
 
+def sensitivities(rows: list[dict]) -> list[float]:
+    """The learning-rate sensitivity of one method's rows, a value for each seed: with a learning rate that a seed was not run
+    at, the mean of the seeds that were. Empty for a single learning rate."""
+    losses = {}  # learning rate → seed → loss
+    for row in rows:
+        losses.setdefault(float(row["learning_rate"]), {})[row.get("seed")] = float(row["test_loss"])
+    if len(losses) < 2:
+        return []
+    initial_loss = float(rows[0].get("initial_loss") or math.log(50257))
+    mean = {rate: statistics.mean(by_seed.values()) for rate, by_seed in losses.items()}
+    seeds = dict.fromkeys(row.get("seed") for row in rows)
+    return [lr_sensitivity([by_seed.get(seed, mean[rate]) for rate, by_seed in losses.items()], initial_loss) for seed in seeds]
+
+
 def summary(rows: list[dict]) -> str:
     """A row a method: best loss, learning-rate sensitivity (median and range over seeds), time per step over baseline."""
     lines = ["| method | λ | learning rates | best loss | at | LRS | over seeds | diverged | time per step / baseline |", "| --- " * 9 + "|"]
@@ -156,18 +170,13 @@ def summary(rows: list[dict]) -> str:
         mine = [row for row in rows if (row["method"], row["lambda"]) == (method, weight)]
         seconds = [float(row["seconds_per_step"]) for row in mine if row["seconds_per_step"]]
         pace[method] = pace.get(method) or (statistics.median(seconds) if seconds else math.nan)
-        losses = {}  # learning rate → seed → loss
+        losses = {}
         for row in mine:
-            losses.setdefault(float(row["learning_rate"]), {})[row["seed"]] = float(row["test_loss"])
-        mean = {rate: statistics.mean(by_seed.values()) for rate, by_seed in losses.items()}
-        best = min(mean, key=mean.get)
-        sensitivities = []
-        if len(mean) > 1:
-            for seed in sorted({row["seed"] for row in mine}):  # where a seed was not run, the mean of those that were
-                values = [by_seed.get(seed, mean[rate]) for rate, by_seed in losses.items()]
-                sensitivities.append(lr_sensitivity(values, float(mine[0]["initial_loss"])))
-        lrs = f"{statistics.median(sensitivities):.3f}" if sensitivities else "—"
-        spread = f"{min(sensitivities):.3f}–{max(sensitivities):.3f}" if len(sensitivities) > 1 else "—"
+            losses.setdefault(float(row["learning_rate"]), []).append(float(row["test_loss"]))
+        mean = {rate: statistics.mean(values) for rate, values in losses.items()}
+        best, lrs = min(mean, key=mean.get), sensitivities(mine)
+        spread = f"{min(lrs):.3f}–{max(lrs):.3f}" if len(lrs) > 1 else "—"
+        lrs = f"{statistics.median(lrs):.3f}" if lrs else "—"
         n_diverged = sum(row["status"] == "diverged" for row in mine)
         relative = pace[method] / pace.get("baseline", math.nan)
         lines.append(

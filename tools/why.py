@@ -109,7 +109,7 @@ def rescue(options):
     for number, (drift, arm, weight, rate, seed) in enumerate(missing, 1):
         model.unembedding.weight.data = transplant(W, hidden, float(drift), V) if drift != "0" else W
         settings = ARMS[arm] | ({WEIGHTS[arm]: float(weight)} if weight else {})
-        lines = continue_training(model, config, settings, arm == "float32_head", float(rate), int(seed), options.steps)
+        lines = continue_training(model, config, settings, arm == "float32_head", float(rate), int(seed), options)
         for line in lines:
             values = (drift, arm, weight, rate, seed, line["step"], line["cross_entropy"], line["logit_mean"], line["rounding_nats"])
             rows.append(dict(zip(COLUMNS, map(str, values))))
@@ -123,9 +123,9 @@ def rescue(options):
         print(f"{number}/{len(missing)} {name}: loss {lines[-1]['cross_entropy']:.4f}, {timedelta(seconds=round(left))} left", flush=True)
 
 
-def continue_training(model, config: dict, settings: dict, head: bool, rate: float, seed: int, steps: int) -> list[dict]:
+def continue_training(model, config: dict, settings: dict, head: bool, rate: float, seed: int, options) -> list[dict]:
     """The validation lines of a run that starts with the model's weights; bfloat16, constant rate after 20 steps."""
-    every = max(1, steps // 6)
+    steps, every = options.steps, max(1, options.steps // 6)
     with tempfile.TemporaryDirectory() as folder:
         save_weights(Path(folder, "weights.pt"), model, config)
         names = ("dataset", "data_dir", "vocab_size", "block_size", "n_layer", "n_head", "n_embd", "batch_size", "beta1", "beta2", "weight_decay")
@@ -133,7 +133,7 @@ def continue_training(model, config: dict, settings: dict, head: bool, rate: flo
             "micro_batch_size": config["batch_size"], "init_from": f"{folder}/weights.pt", "out_dir": f"{folder}/run",
             "dtype": "bfloat16", "learning_rate": rate, "min_learning_rate": rate, "warmup_steps": min(20, steps - 1),
             "max_steps": steps, "seed": seed, "eval_interval": every, "checkpoint_interval": every * steps,
-            "eval_sequences": 128, "log_interval": steps,
+            "eval_sequences": 128, "log_interval": steps, "compile": options.compile,
         }  # fmt: skip
         words = [f"--{name}={value}" for name, value in settings.items()]
         with contextlib.redirect_stdout(io.StringIO()), unembedding_in_float32() if head else contextlib.nullcontext():
@@ -154,6 +154,7 @@ def read_rescue(words: list[str]):
     parser.add_argument("--learning_rates", default="2e-3", help="(default: %(default)s)")
     parser.add_argument("--seeds", default="1", help="(default: %(default)s)")
     parser.add_argument("--steps", type=int, default=300, help="(default: %(default)s)")
+    parser.add_argument("--compile", choices=("True", "False"), default="True", help="(default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="folder of rescue.csv")
     options = parser.parse_args(words)
     numbers(options.learning_rates)
