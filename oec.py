@@ -132,7 +132,7 @@ def unembedding_loss(
     z_loss = mean(log_z.square())
     logit_mean = mean(logits.mean(dim=1))
     variance = mean((logits - logit_mean).square().mean(dim=1))
-    logit_std = torch.where(variance > 0, variance, 1.0).sqrt() * (variance > 0)  # its gradient is finite at 0 too
+    logit_std = torch.where(variance == 0, 1.0, variance).sqrt() * (variance != 0)  # its gradient is finite at 0 too
     sizes = torch.where(counted[:, None], logits.abs(), 0.0)
     logit_absmax = sizes.amax() if len(hidden) else sizes.sum()
     logit_rms = logits.detach().square().mean(dim=1).sqrt()
@@ -180,7 +180,7 @@ def diagnose(hidden: Tensor, W: Tensor, vocab_size: int | None = None) -> dict[s
     rounding_nats_bfloat16 and rounding_nats_float16, the loss (nats) if the logits are stored in that dtype.
     Computed in float32 (float64 for float64 input), a chunk of tokens at a time. ValueError for shapes that do not fit.
     """
-    if hidden.shape[-1:] != W.shape[1:] or hidden.numel() == 0:
+    if hidden.ndim < 2 or hidden.shape[-1:] != W.shape[1:] or hidden.numel() == 0:
         raise ValueError(f"diagnose takes hidden (…, {W.shape[-1]}) of at least one token, not {tuple(hidden.shape)}")
     dtype = torch.promote_types(torch.promote_types(hidden.dtype, W.dtype), torch.float32)
     rows, tokens = _real_rows(W, vocab_size).to(dtype), hidden.flatten(0, -2).to(dtype)

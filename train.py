@@ -84,7 +84,7 @@ class TrainConfig(GPTConfig):
 
 
 # With another value of these it is another run, and its checkpoints cannot be resumed.
-IDENTITY = (*ARCHITECTURE, "block_size", "batch_size", "seed")
+IDENTITY = (*ARCHITECTURE, "block_size", "final_norm_gain", "batch_size", "seed")
 
 
 def load_config(argv: list[str]) -> TrainConfig:
@@ -161,6 +161,8 @@ def mu_metrics(model: GPT, dtype: torch.dtype) -> dict[str, float]:
     """Of the output embeddings as the logits see them: ‖μ‖, its ratio to mean ‖e_i‖, that mean, ‖μ‖ as stored, and what their
     cast to `dtype` costs (nats): Σ_k h_k² spacing(e_ik)² / 24, with the last norm's gain for h's root mean square."""
     V, W = model.config.vocab_size, model.output_embedding()
+    if model.config.logits_dtype == "float32" and not model.config.fused_unembedding:
+        dtype = torch.float32  # the plain loss computes the whole product in it
     mu_norm = oec.mean_embedding(W, V).norm()
     mean_norm = W[:V].norm(dim=1).mean()
     cast_nats = (model.final_norm.weight.square() * oec.rounding_nats(W[:V], dtype).mean(dim=0)).sum()
@@ -205,7 +207,7 @@ class Trainer:
             load_weights(self.model, Path(config.init_from), asdict(config), ARCHITECTURE)
             machine.say(f"starting with the weights of {config.init_from}")
         with machine.together():
-            if machine.rank == 0:
+            if machine.rank == 0 and self.step < config.max_steps:
                 self.folder = RunFolder(self.out_dir, config, self.step, damaged)
         # The same parameters twice more: run by compiled code, and with gradients averaged over the processes.
         self.compiled = torch.compile(self.model) if config.compile else self.model
@@ -265,10 +267,14 @@ class Trainer:
             + (f" | MFU {values['mfu']:.1%}" if math.isfinite(values["mfu"]) else "")
             + f" | ‖μ‖ {values['mu_norm']:.3g} | mean logit {values['logit_mean']:.3g}"
             + (f" | rounding costs {values['rounding_nats']:.3f} nats" if values["rounding_nats"] > 0.001 else "")
-            + (f": resume with --oec=mu_centering --out_dir={self.out_dir}" if values["rounding_nats"] >= 0.01 else "")
+            + (f": resume with --oec=mu_centering --out_dir={self.out_dir}" if self.advises_centring(values) else "")
             + (f" | {self.bad_steps} bad steps" if self.bad_steps else "")
             + (f" | {timedelta(seconds=round(seconds_left))} left" if tokens_per_second else "")
         )
+
+    def advises_centring(self, values: dict) -> bool:
+        is_free = "centering" not in self.config.oec and not self.config.z_loss_weight  # it would change nothing but the rounding
+        return is_free and values["rounding_nats"] >= 0.01
 
     def write_metrics(self, split: str, values: dict):
         tokens = self.step * self.config.batch_size * self.config.block_size

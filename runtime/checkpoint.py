@@ -157,8 +157,7 @@ def restore(trainer, path: Path, identity: tuple[str, ...]):
 def restore_optimizers(optimizers: list[torch.optim.Optimizer], saved: list[dict]):
     """Gives each optimizer its saved state; learning rates and the like stay as today's settings have them.
 
-    ValueError where the optimizers are others, or where a state's shape does not fit its parameter. A state may be a
-    scalar, of the parameter's shape, or reduced along some of its dimensions, as factored moments are.
+    ValueError where the optimizers are others, or where a state's shape does not fit its parameter. See `fits`.
     """
     kinds, saved_kinds = [type(x).__name__ for x in optimizers], [x["kind"] for x in saved]
     if kinds != saved_kinds:
@@ -176,8 +175,8 @@ def restore_optimizers(optimizers: list[torch.optim.Optimizer], saved: list[dict
 
 
 def fits(shape: torch.Size, parameter: torch.Size) -> bool:
-    """Whether an optimizer may keep a tensor of `shape` for a parameter."""
-    if shape == parameter or len(shape) == 0:
-        return True
-    reduced = len(shape) == len(parameter) and all(a in (1, b) for a, b in zip(shape, parameter))
-    return reduced and max(shape) > 1
+    """Whether an optimizer may keep a tensor of `shape` for a parameter: one of its shape, a scalar, one that is smaller in
+    some dimensions (factored or projected moments), or a table of its own."""
+    if len(shape) == 0 or len(shape) != len(parameter):
+        return shape.numel() != 1 or len(shape) == 0
+    return all(a <= b for a, b in zip(shape, parameter))

@@ -26,7 +26,9 @@ def run_name(config, methods: dict[str, dict], weights: dict[str, str]) -> str:
             names.append(method + (f"{getattr(config, weight):g}" if weight else ""))
     if config.oec != "none" and config.oec not in methods:  # a remedy of your own
         names.append(config.oec)
-    method = "+".join(names + ["tied"] * config.tie_weights) or "baseline"
+    others = {"tied": config.tie_weights, "float32_logits": config.logits_dtype == "float32", "gain1": not config.final_norm_gain}
+    others |= {config.optimizer: config.optimizer != "adamw", config.schedule: config.schedule != "cosine"}
+    method = "+".join(names + [name for name, is_on in others.items() if is_on]) or "baseline"
     data = Path(config.data_dir).resolve().name if config.data_dir else config.dataset
     return f"{data}-{config.n_layer}x{config.n_embd}-{method}-lr{config.learning_rate:g}-seed{config.seed}"
 

@@ -26,7 +26,7 @@ from runtime.errors import fail, one_line
 # GPU's name decides.
 PEAK_FLOPS = {
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12,
-    "H20": 148e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 4090": 165e12,
+    "H20": 148e12, "B200": 2250e12, "GB200": 2500e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 4090": 165e12,
     "V100": 125e12,
 }  # fmt: skip
 
@@ -88,7 +88,8 @@ class Machine:
             yield
         except BaseException as raised:
             error = raised
-        status = getattr(error, "code", 1) if error else 0
+        code = getattr(error, "code", 1)
+        status = 0 if error is None else code if isinstance(code, int) and 0 < code < 256 else 1
         status = self.all_reduce(torch.tensor(status), dist.ReduceOp.MAX).item()
         if error:
             raise error
@@ -100,13 +101,13 @@ def start_machine(config) -> Machine:
     """The device, dtype and process group that the settings device, dtype, compile, deterministic and optimizer ask for."""
     environment = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}  # torchrun sets these
     rank, local_rank, world_size, local_world_size = (int(os.environ.get(*item)) for item in environment.items())
-    if config.compile:
-        check_compiler()
     if config.device == "cuda" or config.device == "auto" and torch.cuda.is_available():
         device, best_dtype, peak = start_gpu(local_rank, local_world_size)
+        check_compiler(config.compile, "a C compiler", "gcc", (os.environ.get("CC", "gcc"), "clang", "cc"))  # for Triton
         backend = "cpu:gloo,cuda:nccl"  # gloo, for agreeing on when to stop, does not wait for the GPU
     else:
         device, backend, peak = torch.device("cpu"), "gloo", math.nan
+        check_compiler(config.compile, "a C++ compiler", "g++", (os.environ.get("CXX", "g++"), "clang++"))
         best_dtype = start_cpu(config, local_world_size)
     if config.deterministic or device.type == "cpu":  # otherwise compiled code adds up embedding gradients in any order
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -139,11 +140,11 @@ def start_cpu(config, local_world_size: int) -> torch.dtype:
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
-def check_compiler():
-    """torch.compile needs both on a CPU, and so does Triton on a GPU."""
-    if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
-        fail("compile=True needs a C++ compiler: install g++, or use --compile=False")
-    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+def check_compiler(is_wanted: bool, kind: str, package: str, names: tuple[str, ...]):
+    """torch.compile needs a compiler and Python's headers, on a CPU and, for Triton, on a GPU."""
+    if is_wanted and not any(map(shutil.which, names)):
+        fail(f"compile=True needs {kind}: install {package}, or use --compile=False")
+    if is_wanted and not Path(sysconfig.get_path("include"), "Python.h").exists():
         fail("compile=True needs Python's headers: install python3-dev, or use --compile=False")
 
 

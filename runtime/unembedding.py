@@ -149,7 +149,8 @@ def _scale_gradients(ctx, grad_loss, *grads_of_others):
     for grad in grads_of_others:  # of statistics, or of the gradients themselves where they are differentiated again
         if grad is not None:
             scale = scale + _refuse(grad)
-    return (grad_hidden * scale).to(ctx.dtypes[0]), (grad_W * scale).to(ctx.dtypes[1]), *[None] * 10
+    # In float32: a low-precision tensor times a scalar tensor would be multiplied in low precision.
+    return (grad_hidden.to(scale.dtype) * scale).to(ctx.dtypes[0]), (grad_W * scale).to(ctx.dtypes[1]), *[None] * 10
 
 
 _unembedding.register_autograd(_scale_gradients, setup_context=_save_gradients)

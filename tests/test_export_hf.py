@@ -6,6 +6,7 @@ import math
 import shutil
 import sys
 import unicodedata
+from dataclasses import asdict
 from itertools import islice
 
 import pytest
@@ -15,8 +16,9 @@ import torch
 from data.partial import VOCABULARY_FILE
 from data.prepare import GPT2_PATTERN, load_tokenizer
 from model import METHODS, GPT, GPTConfig
+from runtime.checkpoint import read_checkpoint, save_weights
 from tests.conftest import ROOT, VOCAB, assert_same_bits, fails_in_one_line, tiny_arguments
-from runtime.checkpoint import read_checkpoint
+from train import TrainConfig
 
 transformers = pytest.importorskip("transformers", reason="the Hugging Face export needs: pip install transformers")
 from safetensors.torch import load_file, save_file  # noqa: E402
@@ -45,7 +47,7 @@ def checkpoint(tmp_path):
                     parameter.normal_(1, 0.3)
             model.unembedding.weight.add_(torch.randn(64))
         data = tmp_path / ("data" if model.config.vocab_size == 4096 else "raw")
-        import_hf.save_weights(model, tmp_path / name, str(data))
+        save_weights(tmp_path / name, model, asdict(TrainConfig(**asdict(model.config), data_dir=str(data))))
         return tmp_path / name
 
     return make

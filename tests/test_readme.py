@@ -150,5 +150,5 @@ def test_what_is_named_is_there(path):
     for name in re.findall(r"`(config/\w+\.py|tools/\w+\.\w+|data/[\w/]+\.py|tests/\w+\.py)`", text):
         assert name == "data/NAME/prepare.py" or (ROOT / name).exists(), f"{path.name} names {name}, which does not exist"
     for name in re.findall(r"`--(\w+)", text):
-        known = {*TrainConfig.__dataclass_fields__, *TORCHRUN, *OF_TOOLS}
+        known = {"setting", *TrainConfig.__dataclass_fields__, *TORCHRUN, *OF_TOOLS}
         assert name in known, f"{path.name} names --{name}, which train.py and the tools do not take"

@@ -85,6 +85,8 @@ def load_hugging_face(folder: Path):
         fail(f"{folder} is neither a run of ours nor a Hugging Face model with its tokenizer: {one_line(error)}")
     if getattr(model.get_output_embeddings(), "weight", None) is None:
         fail(f"{folder} holds a {type(model).__name__}, which has no output embedding")
+    if getattr(model.get_output_embeddings(), "bias", None) is not None or getattr(model.config, "logit_scale", None):
+        fail(f"the logits of {folder} have a bias or a scale of their own, which this tool does not know")
     return model.eval(), tokenizer
 
 
@@ -154,13 +156,17 @@ def transplant(W: Tensor, hidden: Tensor, mean_logit: float, vocab_size: int) ->
     return drifted.to(W.dtype)
 
 
-def drift(checkpoint: Path, mean_logit: float, out: Path):
-    """Writes a checkpoint for --init_from: the same function under cross-entropy, its mean logit moved."""
-    model, config = load_model(checkpoint)
+def check_can_drift(model, checkpoint: Path):
     if model.config.tie_weights:
         fail(f"{checkpoint} has tied weights: a drift of its output embedding would change its input embedding too")
     if model.config.logit_softcap:
         fail(f"{checkpoint} caps its logits (logit_softcap={model.config.logit_softcap:g}): a drift would change its function")
+
+
+def drift(checkpoint: Path, mean_logit: float, out: Path):
+    """Writes a checkpoint for --init_from: the same function under cross-entropy, its mean logit moved."""
+    model, config = load_model(checkpoint)
+    check_can_drift(model, checkpoint)
     if out.exists():
         fail(f"{out} is there already: choose another name")
     hidden, targets = hidden_of_run(model, config)
@@ -186,6 +192,7 @@ def drift(checkpoint: Path, mean_logit: float, out: Path):
 def curve(checkpoint: Path) -> list[dict]:
     """A row for each mean logit and arm: the loss over that of the undrifted model in float32."""
     model, config = load_model(checkpoint)
+    check_can_drift(model, checkpoint)
     hidden, targets = hidden_of_run(model, config)
     V, W = model.config.vocab_size, model.unembedding.weight.detach()
     exact, rows = loss_of("float32", hidden, W, targets, V), []
@@ -275,7 +282,7 @@ def draw_curve(axis, rows: list[dict], published: list[dict]):
         points = [(row["mean_logit"], max(row["published_excess"], 3e-5)) for row in published]
         axis.plot(*zip(*points), "*", color="#e69f00", ms=11, mec="#222222", mew=0.5, label="the paper's baselines, published")
     axis.set(xscale="log", yscale="log", xlim=(25, 3500), ylim=(2e-5, 20), xlabel="mean logit", ylabel="loss over the exact one (nats)")
-    axis.legend(fontsize=6.5, loc="lower right", bbox_to_anchor=(1, 0.12), framealpha=0.9)
+    axis.legend(fontsize=6.5, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncol=3)
 
 
 def write_csv(path: Path, rows: list[dict]):
@@ -313,8 +320,6 @@ def center_folder(model, tokenizer, folder: Path, out: Path):
     if out.exists():
         fail(f"{out} is there already: choose another folder")
     oec.center_(head.weight)
-    if head.bias is not None:
-        head.bias.data -= head.bias.data.mean()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
@@ -344,6 +349,12 @@ def main():
         fail(f"{options.model} does not exist: name a checkpoint, a run's folder or a Hugging Face folder")
     if (options.mean_logit is not None or options.curve) and not options.out:
         fail("say where to write: --out")
+    if options.center and is_run(options.model):
+        fail("--center is for Hugging Face folders; a run of ours is centred with --oec=mu_centering")
+    if options.curve:
+        from tools.plot import pyplot
+
+        pyplot()  # fails at once without matplotlib
     if options.mean_logit is not None and not math.isfinite(options.mean_logit):
         fail(f"--mean_logit={options.mean_logit} must be a finite number")
     if not is_run(options.model):

@@ -4,7 +4,7 @@
     python -m tools.plot out/RUN_A out/RUN_B --out curves
     python -m tools.plot out/RUN_A out/RUN_B --curves mu_norm,stored_mu_norm --out curves
     python -m tools.plot scaling.json --out results/scaling
-    python -m tools.plot --why curve.csv rescue.csv --published published.csv --out results/why
+    python -m tools.plot --why curve.csv natural.csv --published published.csv --out results/why
     python -m tools.plot --geometry out/RUN/ckpt_0001000.pt model.safetensors --out geometry
 
 Writes OUT.png and OUT.svg. Needs matplotlib; for .safetensors files and Hugging Face folders, safetensors.
@@ -172,37 +172,42 @@ def draw_curves(folders: list[Path], names: list[str], out: Path):
     save(figure, out)
 
 
-def draw_why(curve: Path, rescue: Path, published: Path | None, out: Path):
-    """results/why.md's figure: what a drift costs by precision (tools.drift --curve), and how each method mends it
-    (tools.why rescue): medians over the seeds of the drift that has most of them, and their ranges."""
+def draw_why(curve: Path, runs: Path, published: Path | None, out: Path):
+    """results/why.md's figures. Left, what a drift costs by precision (tools.drift --curve). Right, losses over steps by arm,
+    from rescue.csv or natural.csv of tools.why: a line a seed where logits drift by themselves, else the median of the seeds
+    and their range, for the drift and the rate that most runs have."""
     rows, points = read_table(curve, ("mean_logit", "excess")), published_rows(published) if published else []
-    runs = [row for row in read_table(rescue, ("mean_logit", "step", "loss")) if not row["weight"]]
-    drifted = [row for row in runs if row["mean_logit"] != "0"]
-    if not drifted:
-        fail(f"{rescue} holds no run from a drift")
-    drift = statistics.mode(row["mean_logit"] for row in drifted)
-    rate = statistics.mode(row["learning_rate"] for row in drifted)
+    lines = [row for row in read_table(runs, ("step", "loss")) if not row["weight"] and row["mean_logit"] != "0"]
+    undrifted = [float(row["loss"]) for row in read_table(runs, ("step", "loss")) if row["mean_logit"] == "0"]
+    if not lines:
+        fail(f"{runs} holds no run with a drift")
+    drift, rate = (statistics.mode(row[name] for row in lines) for name in ("mean_logit", "learning_rate"))
     plt = pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4))
-    left.set_title("what a drift costs, by precision", loc="left", fontsize=9)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.4))
+    left.set_title("what a drift costs, by precision (transplanted into a trained model)", loc="left", fontsize=9)
     draw_curve(left, [row | {"mean_logit": float(row["mean_logit"]), "excess": float(row["excess"])} for row in rows], points)
-    styles = STYLES | {"float32_logits": ("#d55e00", "X", "-."), "float32_head": ("#222222", "*", ":")}
-    for arm in styles:
-        values = {}
-        for row in drifted:
+    extra = {"float32_logits": ("#d55e00", "X", "-."), "float32_head": ("#222222", "*", ":"), "float32": ("#888888", "*", "-")}
+    labels = {"float32_logits": "baseline, float32 logits", "float32_head": "baseline, float32 head", "float32": "baseline, float32"}
+    for arm, (colour, marker, dashes) in (STYLES | extra).items():
+        values = {}  # step → seed → loss
+        for row in lines:
             if (row["mean_logit"], row["learning_rate"], row["arm"]) == (drift, rate, arm):
-                values.setdefault(int(row["step"]), []).append(float(row["loss"]))
-        if values:
-            colour, marker, dashes = styles[arm]
-            label = {"float32_logits": "baseline, float32 logits", "float32_head": "baseline, float32 head"}.get(arm, arm)
-            right.plot(list(values), [statistics.median(v) for v in values.values()], color=colour, marker=marker, ls=dashes, ms=4, lw=1.3, label=label)
-            right.fill_between(list(values), *([f(v) for v in values.values()] for f in (min, max)), color=colour, alpha=0.15, lw=0)
-    undrifted = [float(row["loss"]) for row in runs if row["mean_logit"] == "0" and row["learning_rate"] == rate and row["arm"] == "baseline"]
+                values.setdefault(int(row["step"]), {})[row["seed"]] = float(row["loss"])
+        if not values:
+            continue
+        style = {"color": colour, "ls": dashes, "lw": 1.1}
+        if drift == "natural":
+            for number, seed in enumerate(next(iter(values.values()))):
+                right.plot(list(values), [v[seed] for v in values.values()], label=labels.get(arm, arm) if number == 0 else None, **style)
+        else:
+            right.plot(list(values), [statistics.median(v.values()) for v in values.values()], marker=marker, ms=4, label=labels.get(arm, arm), **style)
+            right.fill_between(list(values), *([f(v.values()) for v in values.values()] for f in (min, max)), color=colour, alpha=0.15, lw=0)
     if undrifted:
         right.axhline(undrifted[-1], color="#888888", lw=0.8, ls="--", label="baseline, never drifted, at the end")
-    right.set_title(f"trained further in bfloat16 from a mean logit of {drift}", loc="left", fontsize=9)
+    what = "logits drift by themselves, bfloat16 but where said" if drift == "natural" else f"trained further in bfloat16 from a mean logit of {drift}"
+    right.set_title(what, loc="left", fontsize=9)
     right.set(xlabel="step", ylabel="validation loss (nats)")
-    right.legend(fontsize=6.5)
+    right.legend(fontsize=6.5, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncol=4)
     figure.tight_layout()
     save(figure, out)
 
@@ -360,7 +365,7 @@ def main():
         fail(f"there is no {missing[0]}")
     if options.why:
         if len(options.inputs) != 2:
-            fail("--why takes two files: the csv of tools.drift --curve and that of tools.why rescue")
+            fail("--why takes two files: the csv of tools.drift --curve and the rescue.csv or natural.csv of tools.why")
         draw_why(*options.inputs, options.published, options.out)
     elif options.geometry:
         draw_geometry(options.inputs, options.out)

@@ -1,11 +1,13 @@
 """The experiments of results/why.md that train.py alone cannot make: runs with one thing changed, or one more thing recorded.
 
     python -m tools.why rescue out/RUN --mean_logits 588 --learning_rates 2e-3 --seeds 1 --out out/rescue
+    python -m tools.why natural config/drift.py --seeds 1,2,3 --out out/natural
     python -m tools.why float32_head config/quick.py --dtype=bfloat16 --learning_rate=0.3
     python -m tools.why row_sums config/quick.py --dtype=float32 --learning_rate=0.3
     python -m tools.why sgd_row_sums config/quick.py --dtype=float32 --learning_rate=1
 
 rescue         a trained model is given a drift (tools.drift) and trained further, by each remedy: OUT/rescue.csv
+natural        logits that drift by themselves, by each remedy and in float32: runs of train.py, and OUT/natural.csv of them
 float32_head   the unembedding and its loss in float32, whatever the dtype of all else
 row_sums       metrics.jsonl has gradient_row_sum and update_row_sum of the unembedding as well
 sgd_row_sums   the same, with plain SGD in AdamW's place
@@ -17,6 +19,7 @@ import contextlib
 import csv
 import io
 import json
+import subprocess
 import sys
 import tempfile
 import time
@@ -32,7 +35,7 @@ from model import METHODS, WEIGHTS
 from runtime.checkpoint import save_weights, write_whole
 from runtime.errors import fail
 from runtime.machine import start_machine
-from tools.drift import hidden_of_run, transplant
+from tools.drift import check_can_drift, hidden_of_run, transplant
 from tools.sample import load_model
 from tools.sweep import numbers
 
@@ -79,7 +82,7 @@ def make_sgd(model, config) -> list[torch.optim.Optimizer]:
 
 # --- rescue -----------------------------------------------------------------------------------------
 
-COLUMNS = "mean_logit arm weight learning_rate seed step loss logit_mean rounding_nats".split()
+COLUMNS = "mean_logit arm weight learning_rate seed step loss logit_mean logit_std rounding_nats".split()
 ARMS = {method: METHODS[method] for method in ("baseline", "mu_loss", "mu_centering", "z_loss", "softcap")}
 ARMS |= {"float32_logits": {"logits_dtype": "float32"}, "float32_head": {}, "mu_centering_step": METHODS["mu_centering_step"]}
 
@@ -93,6 +96,7 @@ def rescue(options):
         fail(f"--weights belong to the arms {', '.join(WEIGHTS)}")
     drifts = [text if text == "0" else numbers(text)[0] for text in options.mean_logits.split(",")]
     model, config = load_model(options.checkpoint)
+    check_can_drift(model, options.checkpoint)
     hidden, _ = hidden_of_run(model, config)
     table = options.out / "rescue.csv"
     try:
@@ -107,17 +111,16 @@ def rescue(options):
     print(f"{len(cells) - len(missing)} of {len(cells)} runs are there, {len(missing)} to run", flush=True)
     began, V, W = time.monotonic(), model.config.vocab_size, model.unembedding.weight.detach().clone()
     for number, (drift, arm, weight, rate, seed) in enumerate(missing, 1):
-        model.unembedding.weight.data = transplant(W, hidden, float(drift), V) if drift != "0" else W
+        try:
+            model.unembedding.weight.data = transplant(W, hidden, float(drift), V) if drift != "0" else W
+        except ValueError as error:
+            fail(f"{options.checkpoint}: {error}")
         settings = ARMS[arm] | ({WEIGHTS[arm]: float(weight)} if weight else {})
         lines = continue_training(model, config, settings, arm == "float32_head", float(rate), int(seed), options)
         for line in lines:
-            values = (drift, arm, weight, rate, seed, line["step"], line["cross_entropy"], line["logit_mean"], line["rounding_nats"])
+            values = (drift, arm, weight, rate, seed, line["step"], line["cross_entropy"], line["logit_mean"], line["logit_std"], line["rounding_nats"])
             rows.append(dict(zip(COLUMNS, map(str, values))))
-        text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_whole(table, text.getvalue().encode())
+        write_table(table, rows, COLUMNS)
         left = (time.monotonic() - began) / number * (len(missing) - number)
         name = f"mean logit {drift}, {arm}{weight}, lr {rate}, seed {seed}"
         print(f"{number}/{len(missing)} {name}: loss {lines[-1]['cross_entropy']:.4f}, {timedelta(seconds=round(left))} left", flush=True)
@@ -128,8 +131,8 @@ def continue_training(model, config: dict, settings: dict, head: bool, rate: flo
     steps, every = options.steps, max(1, options.steps // 6)
     with tempfile.TemporaryDirectory() as folder:
         save_weights(Path(folder, "weights.pt"), model, config)
-        names = ("dataset", "data_dir", "vocab_size", "block_size", "n_layer", "n_head", "n_embd", "batch_size", "beta1", "beta2", "weight_decay")
-        settings = {name: config[name] for name in names} | settings | {
+        names = "dataset data_dir vocab_size block_size n_layer n_head n_embd final_norm_gain batch_size beta1 beta2 adam_epsilon weight_decay grad_clip"
+        settings = {name: config[name] for name in names.split() if name in config} | settings | {
             "micro_batch_size": config["batch_size"], "init_from": f"{folder}/weights.pt", "out_dir": f"{folder}/run",
             "dtype": "bfloat16", "learning_rate": rate, "min_learning_rate": rate, "warmup_steps": min(20, steps - 1),
             "max_steps": steps, "seed": seed, "eval_interval": every, "checkpoint_interval": every * steps,
@@ -138,11 +141,19 @@ def continue_training(model, config: dict, settings: dict, head: bool, rate: flo
         words = [f"--{name}={value}" for name, value in settings.items()]
         with contextlib.redirect_stdout(io.StringIO()), unembedding_in_float32() if head else contextlib.nullcontext():
             run_config = train.load_config(words)
-            train.Trainer(run_config, start_machine(run_config)).run()
+            try:
+                train.Trainer(run_config, start_machine(run_config)).run()
+            except SystemExit as end:
+                if end.code == 3:
+                    fail(f"the run with {' '.join(words)} diverged: leave its arm or its rate out")
+                raise
         lines = [json.loads(line) for line in Path(folder, "run/metrics.jsonl").read_text().splitlines()]
         if lines[-1]["step"] < steps:
             fail("stopped; the same command continues from here")
-        return [line for line in lines if line["split"] == "val"]
+        lines = [line for line in lines if line["split"] == "val"]
+        for line in lines if head else ():
+            line["rounding_nats"] -= line["cast_nats"]  # here W is not cast
+        return lines
 
 
 def read_rescue(words: list[str]):
@@ -164,12 +175,64 @@ def read_rescue(words: list[str]):
     rescue(options)
 
 
-VARIANTS = ("rescue", "float32_head", "row_sums", "sgd_row_sums")
+# --- natural drift ----------------------------------------------------------------------------------
+
+NATURAL_ARMS = ARMS | {"float32": {"dtype": "float32"}}
+del NATURAL_ARMS["float32_head"]
+
+
+def natural(words: list[str]):
+    """One run of train.py after the other. The same command continues where it was stopped."""
+    parser = argparse.ArgumentParser(prog="python -m tools.why natural", description=natural.__doc__, allow_abbrev=False)
+    parser.add_argument("--arms", default="baseline,mu_centering,float32,float32_logits,mu_loss,z_loss,softcap", help=f"of {', '.join(NATURAL_ARMS)}")
+    parser.add_argument("--seeds", default="1", help="(default: %(default)s)")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs and of natural.csv")
+    options, settings = parser.parse_known_args(words)
+    if unknown := [arm for arm in options.arms.split(",") if arm not in NATURAL_ARMS]:
+        fail(f"there is no arm {unknown[0]!r} among {', '.join(NATURAL_ARMS)}")
+    rows = []
+    for arm, seed in product(options.arms.split(","), options.seeds.split(",")):
+        folder = options.out / f"{arm}-seed{seed}"
+        own = [f"--{name}={value}" for name, value in NATURAL_ARMS[arm].items()]
+        command = [sys.executable, str(Path(train.__file__)), *settings, *own, f"--seed={seed}", f"--out_dir={folder}"]
+        if status := subprocess.run(command).returncode:
+            fail(f"{folder} ended with {status}: the same command continues from here")
+        rows += natural_rows(folder / "metrics.jsonl", arm, seed)
+        write_table(options.out / "natural.csv", rows, COLUMNS)
+    print(options.out / "natural.csv")
+
+
+def natural_rows(metrics: Path, arm: str, seed: str) -> list[dict]:
+    """The validation lines of a run, as rows of natural.csv: rescue.csv's columns."""
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    names = {"step": "step", "loss": "cross_entropy", "logit_mean": "logit_mean", "logit_std": "logit_std", "rounding_nats": "rounding_nats"}
+    constant = {"mean_logit": "natural", "arm": arm, "weight": "", "seed": seed}
+    rates = [line["lr"] for line in lines if line["split"] == "train"]
+    return [
+        constant | {"learning_rate": max(rates)} | {name: line[key] for name, key in names.items()}
+        for line in lines if line["split"] == "val"
+    ]  # fmt: skip
+
+
+def write_table(path: Path, rows: list[dict], columns: list[str]):
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    try:
+        write_whole(path, text.getvalue().encode())
+    except OSError as error:
+        fail(f"{path} cannot be written: {error.strerror or error}")
+
+
+VARIANTS = ("rescue", "natural", "float32_head", "row_sums", "sgd_row_sums")
 
 
 def main():
     if "rescue" in sys.argv[1:2]:
         return read_rescue(sys.argv[2:])
+    if "natural" in sys.argv[1:2]:
+        return natural(sys.argv[2:])
     if "--help" in sys.argv or "-h" in sys.argv:
         print(__doc__)
         raise SystemExit(0)
