@@ -121,7 +121,7 @@ def test_every_command_runs(project, tmp_path):
 
 def test_the_example_of_a_remedy_of_ones_own_works(project):
     """The lines of the section on hacking, put where it says, and its command."""
-    section = README.split("\n## Hack it\n")[1].split("\n## ")[0]
+    section = README.split("\n## Change it\n")[1].split("\n## ")[0]
     formula, call = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     (command,) = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
     oec, model = (project / "oec.py").read_text(), (project / "model.py").read_text()
