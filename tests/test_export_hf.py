@@ -223,7 +223,7 @@ def test_export_refuses_in_one_line(checkpoint, tmp_path, capsys):
     alien, damaged, capped = tmp_path / "alien.pt", tmp_path / "damaged.pt", checkpoint("capped.pt", logit_softcap=30.0)
     torch.save({"weights": torch.zeros(3)}, alien)
     damaged.write_bytes(path.read_bytes()[:-100])
-    cases = {alien: "not a whole checkpoint", damaged: "no whole checkpoint", capped: "logit_softcap=30"}
+    cases = {alien: "not a whole checkpoint", damaged: "not a whole checkpoint", capped: "logit_softcap=30"}
     for bad, says in (cases | {tmp_path / "none": "none", tmp_path: "ckpt_"}).items():
         assert says in fails_in_one_line(capsys, export_hf.export, bad, out)
     (tmp_path / "mine").mkdir()
