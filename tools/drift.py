@@ -351,10 +351,6 @@ def main():
         fail("say where to write: --out")
     if options.center and is_run(options.model):
         fail("--center is for Hugging Face folders; a run of ours is centred with --oec=mu_centering")
-    if options.curve:
-        from tools.plot import pyplot
-
-        pyplot()  # fails at once without matplotlib
     if options.mean_logit is not None and not math.isfinite(options.mean_logit):
         fail(f"--mean_logit={options.mean_logit} must be a finite number")
     if not is_run(options.model):
@@ -371,6 +367,9 @@ def main():
     elif options.mean_logit is not None:
         drift(options.model, options.mean_logit, options.out)
     elif options.curve:
+        from tools.plot import pyplot
+
+        pyplot()  # fails at once without matplotlib
         draw_and_write(curve(options.model), published_rows(options.published) if options.published else [], options.out)
     else:
         model, config = load_model(options.model)
