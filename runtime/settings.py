@@ -49,7 +49,8 @@ def read_config_file(kind: type, path: str) -> dict:
         fail(f"config file {path} fails: {one_line(error)}")
     settings = {}
     for key, value in assigned.items():
-        if str(key).startswith("_") or isinstance(value, (ModuleType, type)) or callable(value):
+        is_own = isinstance(value, ModuleType) or callable(value)  # a module, a function or a class
+        if str(key).startswith("_") or is_own and key not in {field.name for field in fields(kind)}:
             continue
         wanted = value_type(kind, key, f" in {path}")
         if type(value) is int and abs(value) >= 2**63:

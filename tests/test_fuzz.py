@@ -9,6 +9,7 @@ import json
 import math
 import shutil
 import struct
+from typing import Literal, get_args, get_origin
 
 import numpy as np
 import pytest
@@ -61,7 +62,7 @@ def accepted(function, *arguments):
 def assert_sane(config: TrainConfig):
     for name, field in TrainConfig.__dataclass_fields__.items():
         value = getattr(config, name)
-        assert type(value) is field.type, name
+        assert value in get_args(field.type) if get_origin(field.type) is Literal else type(value) is field.type, name
         assert field.type not in (int, float) or math.isfinite(value) and value >= 0, name
     assert config.n_embd % config.n_head == 0 and config.batch_size % config.micro_batch_size == 0
     assert (ROOT / "data" / config.dataset).resolve().parent == ROOT / "data"
@@ -71,7 +72,7 @@ def assert_sane(config: TrainConfig):
 
 names = st.sampled_from([*TrainConfig.__dataclass_fields__]) | st.text(max_size=12)
 numbers = st.one_of(st.integers(), st.integers(-2, 5000), st.floats(), st.booleans())
-words = st.text(max_size=20) | st.sampled_from(["cpu", "cuda", "auto", "float16", "none", "mu_loss", "stdlib", "..", "a/b", "1_0", "1e400", "²"])
+words = st.text(max_size=20) | st.sampled_from(["cpu", "cuda", "auto", "float16", "none", "mu_loss", "muon", "wsd", "stdlib", "..", "a/b", "1_0", "1e400", "²"])
 settings = st.builds("--{}={}".format, names, numbers | words)
 shipped = st.sampled_from([str(path) for path in sorted((ROOT / "config").glob("*.py"))] + ["config/none.py", "--help"])
 
