@@ -17,7 +17,7 @@ VOCABULARY_FILE = "vocabulary.tiktoken"
 
 @contextmanager
 def partial_folder(out: Path):
-    """`out/.partial`, for this process alone. What can be gone on from stays there, anything else is deleted."""
+    """`out/.partial`, for this process alone. What a later call can resume from stays there; anything else is deleted."""
     partial = out / ".partial"
     try:
         partial.mkdir(parents=True, exist_ok=True)

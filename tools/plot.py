@@ -24,7 +24,7 @@ import oec
 from data.shards import dataset_folder, open_dataset
 from runtime.checkpoint import checkpoints, read_checkpoint
 from runtime.errors import fail, one_line
-from tools.drift import draw_curve, published_rows
+from tools.drift import draw_curve, is_run, published_rows
 from tools.sample import load_model
 from tools.sweep import read_sweep, sensitivities
 
@@ -320,8 +320,7 @@ def hugging_face_outputs(path: Path):
 def logit_statistics(path: Path) -> list[dict[str, float]]:
     """Mean, deviation and largest magnitude of a model's logits on real text, as stored and centred; nothing for a bare
     file of weights, and where the text or a package is missing."""
-    is_run = path.suffix == ".pt" or path.is_dir() and checkpoints(path)
-    outputs = run_outputs(path) if is_run else hugging_face_outputs(path) if path.is_dir() else None
+    outputs = run_outputs(path) if is_run(path) else hugging_face_outputs(path) if path.is_dir() else None
     if outputs is None:
         return [{}, {}]
     hidden, W, targets, options = outputs

@@ -32,10 +32,10 @@ import torch
 import runtime.unembedding
 import train
 from model import METHODS, WEIGHTS
-from runtime.checkpoint import save_weights, write_whole
+from runtime.checkpoint import save_weights
 from runtime.errors import fail
 from runtime.machine import start_machine
-from tools.drift import check_can_drift, hidden_of_run, transplant
+from tools.drift import check_can_drift, hidden_of_run, transplant, write_csv
 from tools.sample import load_model
 from tools.sweep import numbers
 
@@ -120,7 +120,7 @@ def rescue(options):
         for line in lines:
             values = (drift, arm, weight, rate, seed, line["step"], line["cross_entropy"], line["logit_mean"], line["logit_std"], line["rounding_nats"])
             rows.append(dict(zip(COLUMNS, map(str, values))))
-        write_table(table, rows, COLUMNS)
+        write_csv(table, rows)
         left = (time.monotonic() - began) / number * (len(missing) - number)
         name = f"mean logit {drift}, {arm}{weight}, lr {rate}, seed {seed}"
         print(f"{number}/{len(missing)} {name}: loss {lines[-1]['cross_entropy']:.4f}, {timedelta(seconds=round(left))} left", flush=True)
@@ -198,31 +198,17 @@ def natural(words: list[str]):
         if status := subprocess.run(command).returncode:
             fail(f"{folder} ended with {status}: the same command continues from here")
         rows += natural_rows(folder / "metrics.jsonl", arm, seed)
-        write_table(options.out / "natural.csv", rows, COLUMNS)
+        write_csv(options.out / "natural.csv", rows)
     print(options.out / "natural.csv")
 
 
 def natural_rows(metrics: Path, arm: str, seed: str) -> list[dict]:
     """The validation lines of a run, as rows of natural.csv: rescue.csv's columns."""
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    names = {"step": "step", "loss": "cross_entropy", "logit_mean": "logit_mean", "logit_std": "logit_std", "rounding_nats": "rounding_nats"}
-    constant = {"mean_logit": "natural", "arm": arm, "weight": "", "seed": seed}
-    rates = [line["lr"] for line in lines if line["split"] == "train"]
-    return [
-        constant | {"learning_rate": max(rates)} | {name: line[key] for name, key in names.items()}
-        for line in lines if line["split"] == "val"
-    ]  # fmt: skip
-
-
-def write_table(path: Path, rows: list[dict], columns: list[str]):
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    try:
-        write_whole(path, text.getvalue().encode())
-    except OSError as error:
-        fail(f"{path} cannot be written: {error.strerror or error}")
+    peak = max(line["lr"] for line in lines if line["split"] == "train")
+    values = ("step", "cross_entropy", "logit_mean", "logit_std", "rounding_nats")
+    validation = [line for line in lines if line["split"] == "val"]
+    return [dict(zip(COLUMNS, ("natural", arm, "", peak, seed, *(line[name] for name in values)))) for line in validation]
 
 
 VARIANTS = ("rescue", "natural", "float32_head", "row_sums", "sgd_row_sums")
