@@ -26,7 +26,7 @@ import oec
 from data.shards import Loader, TokenWindows, dataset_folder, open_dataset, permute, samples_of_process
 from model import ARCHITECTURE, GPT, METHODS, METRICS, WEIGHTS, GPTConfig, check_model_config
 from runtime.checkpoint import find_checkpoint, load_weights, restore, state_of
-from runtime.errors import diverged, fail
+from runtime.errors import diverged, end_cleanly, fail
 from runtime.folder import RunFolder, open_out_dir, run_name
 from runtime.machine import Machine, StopRequest, average, errors_for_people, start_machine
 from runtime.settings import check_settings, print_help, read_settings
@@ -149,7 +149,7 @@ def evaluate(model, val: TokenWindows, config: TrainConfig, machine: Machine) ->
     passes = []
     for weight, batch in mine or [(0, batches[0])]:
         tokens = torch.from_numpy(val.read(np.resize(batch, config.micro_batch_size))).to(machine.device)
-        targets = tokens.clone()[:, 1:]  # strides as in training, or it would be compiled anew
+        targets = tokens.clone()[:, 1:]  # strides as in training, or it would be compiled again
         targets[len(batch) :] = -1  # a short last batch keeps its shape, so nothing is compiled for it
         with torch.set_grad_enabled(config.compile), machine.autocast():
             passes.append((weight, model(tokens[:, :-1], targets)[1]))
@@ -338,7 +338,7 @@ class Trainer:
 
 
 def main():
-    sys.stdout.reconfigure(errors="backslashreplace")  # for μ, on a terminal that does not have it
+    end_cleanly()
     config = load_config(sys.argv[1:])
     machine = start_machine(config)
     with errors_for_people():

@@ -36,7 +36,7 @@ class HuggingFaceDocuments:
             builder = datasets.load_dataset_builder(self.source, self.name, revision=None if self.is_local else commit)
             self.commit = builder.hash
             if commit not in (None, self.commit):
-                fail(f"the files of {self.source} have changed since this preparation began: delete its .partial to begin anew")
+                fail(f"the files of {self.source} have changed since this preparation began: delete its .partial folder to start again")
             self.stream = builder.as_streaming_dataset(split="train")
             if "text" in (self.stream.column_names or ()):  # known before the first row of parquet, not of JSON
                 self.stream = self.stream.select_columns(["text"])  # half the time
@@ -50,4 +50,4 @@ class HuggingFaceDocuments:
             reason = f"{type(error).__name__}: {str(error)[:200]}"
             if self.is_local:
                 fail(f"{self.source} cannot be read: {reason}")
-            fail(f"{self.source} is no folder here and cannot be streamed: {reason}; check its name and the network")
+            fail(f"{self.source} is not a folder here, and it cannot be streamed: {reason}; check its name and the network")

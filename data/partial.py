@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.shards import open_shard, shard_header
+from data.shards import open_shard, shard_header, split_files
 from runtime.errors import fail
 
 VOCABULARY_FILE = "vocabulary.tiktoken"
@@ -33,7 +33,7 @@ def partial_folder(out: Path):
                 shutil.rmtree(partial, ignore_errors=True)
             os.close(lock)
     except OSError as error:
-        go_on = "; the same command goes on from there" if _can_go_on(partial) else ""
+        go_on = "; run the same command again to resume" if _can_go_on(partial) else ""
         fail(f"{out} cannot be written: {error.strerror or error}{go_on}")
 
 
@@ -56,7 +56,7 @@ def finish(partial: Path, out: Path, tokenizer: str, vocab_size: int, source: st
     """Whole shards get their `meta.json` and are moved in."""
     n_tokens, counts = {"train": 0, "val": 0}, np.zeros(vocab_size, dtype=np.int64)
     for split in n_tokens:
-        for path in partial.glob(f"*{split}*.bin"):
+        for path in split_files(partial, split):
             shard = open_shard(path)
             n_tokens[split] += len(shard)
             for at in range(0, len(shard) if split == "val" else 0, 2**20):
@@ -109,7 +109,7 @@ def read_record(partial: Path, command: dict) -> dict:
     try:
         record = json.loads(path.read_text())
     except ValueError as error:
-        fail(f"{path} is damaged ({error}): delete {partial} to begin anew")
+        fail(f"{path} is damaged ({error}): delete {partial} to start again")
     earlier = record["command"]
     if changed := [f"{k} was {earlier.get(k)!r}, is {v!r}" for k, v in command.items() if earlier.get(k) != v]:
         fail(f"{partial} holds a part of another preparation: {'; '.join(changed)}; set it back, or delete that folder")

@@ -17,19 +17,25 @@ import numpy as np
 import tiktoken
 
 from data.partial import check_space, finish, move_in, partial_folder, read_record, write_json
-from data.shards import HEADER_INTS, open_shard, shard_header
+from data.shards import HEADER_INTS, open_shard, shard_header, split_files
 from runtime.errors import fail
 
 # How text is cut into words before byte pairs are merged; a .tiktoken file does not say. GPT-2's, by OpenAI.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 END_OF_TEXT = "<|endoftext|>"
+SMALL_VAL_FRACTION = 0.1  # of a text that has too few documents to be split by documents, at least
+BYTES = "bytes"  # the tokenizer without a vocabulary: a token for each byte
 
 
 def load_tokenizer(name: str, folder: Path = Path()) -> tiktoken.Encoding:
-    """A tiktoken encoding by name, or from a `.tiktoken` file (relative to `folder`), whose last id is end-of-text."""
+    """A tiktoken encoding by name, or from a `.tiktoken` file (relative to `folder`), or the 256 bytes; in the last two the
+    last id is end-of-text."""
+    if name == BYTES:
+        ranks = {bytes([byte]): byte for byte in range(256)}
+        return tiktoken.Encoding(BYTES, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 256})
     if not name.endswith(".tiktoken"):
         if name not in tiktoken.list_encoding_names():
-            fail(f"no tokenizer {name!r}: give one of {', '.join(tiktoken.list_encoding_names())}, or a .tiktoken file")
+            fail(f"no tokenizer {name!r}: give one of {', '.join(tiktoken.list_encoding_names())}, {BYTES}, or a .tiktoken file")
         try:
             return tiktoken.get_encoding(name)
         except (OSError, ValueError) as error:
@@ -41,7 +47,7 @@ def load_tokenizer(name: str, folder: Path = Path()) -> tiktoken.Encoding:
         if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([b]) not in ranks for b in range(256)):
             raise ValueError("ranks must run from 0 without a gap and every single byte must be there")
     except (OSError, ValueError) as error:
-        fail(f"{path} is no usable .tiktoken file: {error}")
+        fail(f"{path} is not a usable .tiktoken file: {error}")
     return tiktoken.Encoding(path.stem, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)})
 
 
@@ -64,7 +70,7 @@ class ShardWriter:
         if in_last := n_tokens % shard_tokens:
             size = 4 * HEADER_INTS + in_last * np.dtype(self.token_type).itemsize
             if not kept[-1].is_file() or kept[-1].stat().st_size < size:
-                fail(f"{kept[-1]} is not what the record says: delete {folder} to begin anew")
+                fail(f"{kept[-1]} is not what the record says: delete {folder} to start again")
             self.file = open(kept[-1], "r+b")
             self.file.truncate(size)
             self.file.seek(size)
@@ -111,7 +117,7 @@ def prepare(
 
     A document is validation when the hash of its text says so: the split depends on neither order nor machine.
     Everything is written into `out/.partial` first and moved in at the end, so a killed preparation leaves nothing behind
-    that looks finished, and the same call goes on where its last record was made, to the same bytes. Ends the program
+    that looks finished, and the same call resumes from its last record, with the same bytes at the end. Ends the program
     (exit 2) rather than overwrite shards that are there. `expected_tokens` is for the disk space and the time left alone.
     """
     with partial_folder(out) as partial:
@@ -132,10 +138,25 @@ def prepare(
         train.finish()
         val.finish()
         if not val.n_tokens or not train.n_tokens:
-            (partial / "record.json").unlink(missing_ok=True)  # nothing can be made of it
-            missing = "train" if val.n_tokens else "val"
-            fail(f"no document of {source} fell into the {missing} split: change --val_fraction={val_fraction}")
+            (partial / "record.json").unlink(missing_ok=True)  # what follows cannot be resumed
+            _split_tail(partial, max(val_fraction, SMALL_VAL_FRACTION), shard_tokens, encoding.n_vocab, source)
         finish(partial, out, tokenizer, encoding.n_vocab, source)
+
+
+def _split_tail(partial: Path, val_fraction: float, shard_tokens: int, vocab_size: int, source: str):
+    """A text of so few documents that one split has none: the tail of its tokens becomes the validation split."""
+    paths = split_files(partial, "train") + split_files(partial, "val")
+    tokens = np.concatenate([np.zeros(0, np.uint32), *map(open_shard, paths)])
+    n_val = math.ceil(val_fraction * len(tokens))
+    if n_val == len(tokens):
+        fail(f"{source} holds {len(tokens)} tokens, too few to train on (--max_tokens cuts it too)")
+    for path in paths:
+        path.unlink()
+    for split, part in {"train": tokens[:-n_val], "val": tokens[-n_val:]}.items():
+        writer = ShardWriter(partial, split, shard_tokens, vocab_size, 0)
+        writer.write(part)
+        writer.finish()
+    print(f"too few documents for a split by documents: the last {n_val:,} tokens are for validation", file=sys.stderr)
 
 
 def _documents_after(record: dict, documents, partial: Path):
@@ -143,7 +164,7 @@ def _documents_after(record: dict, documents, partial: Path):
     read again, which shows whether it is still the same."""
     n_documents = record["documents"]
     if n_documents:
-        print(f"going on after {n_documents:,} documents, {record['train'] + record['val']:,} tokens", file=sys.stderr)
+        print(f"resuming after {n_documents:,} documents, {record['train'] + record['val']:,} tokens", file=sys.stderr)
     if record["position"] is not None:
         documents.load_state_dict(record["position"])
         return iter(documents)
@@ -227,8 +248,21 @@ def _write(groups, train: ShardWriter, val: ShardWriter, partial: Path, record: 
 
 
 def _with_end_of_text(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
-    text = text.encode("utf-8", errors="replace").decode()  # a lone surrogate is no text
-    return np.concatenate((np.array([encoding.eot_token], np.uint32), encoding.encode_to_numpy(text, disallowed_special=())))
+    text = text.encode("utf-8", errors="replace").decode()  # a lone surrogate is not text
+    return np.concatenate((np.array([encoding.eot_token], np.uint32), _encode(encoding, text)))
+
+
+def _encode(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
+    """The ids of a text. tiktoken's pattern cannot match very long runs of spaces: such a text is encoded in pieces, cut
+    between a letter and a space, where words are cut anyway, or in the middle where there is no such place."""
+    try:
+        return encoding.encode_to_numpy(text, disallowed_special=())
+    except ValueError:
+        if len(text) < 1000:
+            raise
+    middle = len(text) // 2
+    at = next((at for at in range(middle, len(text) - 1) if text[at - 1].isalnum() and text[at].isspace()), middle)
+    return np.concatenate((_encode(encoding, text[:at]), _encode(encoding, text[at:])))
 
 
 def _hash(text: str) -> bytes:
@@ -241,10 +275,10 @@ def _chain(digest: str, text_hash: bytes) -> str:
 
 def read_command_line(description: str, default_out: Path, add_arguments) -> argparse.Namespace:
     """The command line that every prepare.py shares."""
-    parser = argparse.ArgumentParser(description=description + " The same command goes on where it was stopped.")
+    parser = argparse.ArgumentParser(description=description + " The same command resumes a preparation that was stopped.")
     add_arguments(parser)
     parser.add_argument("--out", type=Path, default=default_out, help="folder for the shards (default: %(default)s)")
-    parser.add_argument("--tokenizer", default="gpt2", help="tiktoken encoding, or a .tiktoken file (default: %(default)s)")
+    parser.add_argument("--tokenizer", default="gpt2", help="tiktoken encoding, bytes, or a .tiktoken file (default: %(default)s)")
     parser.add_argument("--shard_tokens", type=int, default=100_000_000, help="tokens in a shard (default: %(default)s)")
     parser.add_argument("--val_fraction", type=float, default=0.005, help="share of documents for validation (default: %(default)s)")
     parser.add_argument("--max_tokens", type=int, help="the first documents, with at most so many tokens (default: all)")
@@ -261,4 +295,4 @@ def prepare_as_told(arguments: argparse.Namespace, documents, source: str, expec
     try:
         prepare(documents, arguments.out, arguments.tokenizer, source=source, expected_tokens=expected_tokens, **options)
     except KeyboardInterrupt:
-        fail("stopped; the same command goes on from the last record")
+        fail("stopped; run the same command again to resume")

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import queue
+import re
 import threading
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from runtime.errors import fail
 HEADER_INTS = 256
 # magic number: (version, token type)
 FORMATS = {20240520: (1, np.uint16), 20240801: (7, np.uint32)}
+# The words in a file's name that say which split it belongs to.
+SPLIT_WORDS = {"train": {"train", "training"}, "val": {"val", "valid", "validation"}}
 
 
 # --- format --------------------------------------------------------------------------------------
@@ -35,9 +38,9 @@ def shard_header(n_tokens: int, vocab_size: int) -> tuple[np.ndarray, type]:
 
 
 def open_shard(path: Path) -> np.ndarray:
-    """The tokens of a shard, memory-mapped, uint16 or uint32. A file that is no whole shard ends the program."""
+    """The tokens of a shard, memory-mapped, uint16 or uint32. Ends the program for a file that is not a whole shard."""
     if not path.is_file():
-        fail(f"{path} is no file: prepare it again")
+        fail(f"{path} is not a file: prepare the data again")
     try:
         size = path.stat().st_size
         header = np.fromfile(path, dtype="<i4", count=min(HEADER_INTS, size // 4))
@@ -45,18 +48,21 @@ def open_shard(path: Path) -> np.ndarray:
         if magic not in FORMATS:
             # nanoGPT's names for its header-less files; a header whose magic number is damaged still ends in zeros
             if path.name not in ("train.bin", "val.bin") or len(header) == HEADER_INTS and not header[3:].any():
-                fail(f"{path} is no token shard: it starts with {magic}, not with 20240520 or 20240801; prepare it again")
+                fail(f"{path} is not a token shard: it starts with {magic}, not with 20240520 or 20240801; prepare the data again")
             if size == 0 or size % 2:
-                fail(f"{path} has {size} bytes: not a whole number of uint16 tokens; prepare it again")
-            return np.memmap(path, dtype=np.uint16, mode="r")
+                fail(f"{path} has {size} bytes: not a whole number of uint16 tokens; prepare the data again")
+            tokens = np.memmap(path, dtype=np.uint16, mode="r")
+            if len(tokens) > 16 and tokens[:4096].any() and not tokens[1:4096:2].any():  # the upper halves of small numbers
+                fail(f"{path} has no header and every second uint16 in it is 0: are its tokens 32 bits wide? write them as uint16")
+            return tokens
         expected_version, token_type = FORMATS[magic]
         expected = 4 * HEADER_INTS + n_tokens * np.dtype(token_type).itemsize
         if version != expected_version or n_tokens < 0:
-            fail(f"{path} has a damaged header: version {version}, {n_tokens} tokens; prepare it again")
+            fail(f"{path} has a damaged header: version {version}, {n_tokens} tokens; prepare the data again")
         if size != expected:
-            fail(f"{path} is {size} bytes and its header says {expected} ({n_tokens} tokens): truncated; prepare it again")
+            fail(f"{path} is {size} bytes and its header says {expected} ({n_tokens} tokens): truncated; prepare the data again")
         if n_tokens == 0:
-            fail(f"{path} holds no token; prepare it again")
+            fail(f"{path} holds no token; prepare the data again")
         return np.memmap(path, dtype=token_type, mode="r", offset=4 * HEADER_INTS, shape=(n_tokens,))
     except OSError as error:
         fail(f"{path} cannot be read: {error.strerror or error}")
@@ -65,20 +71,41 @@ def open_shard(path: Path) -> np.ndarray:
 # --- the windows of a split ----------------------------------------------------------------------
 
 
+def split_files(folder: Path, split: str) -> list[Path]:
+    """The shards of a split in the order of their names: "train" or "val" is a whole word of the name. Ends the program for
+    a file whose name has both. Hidden files are not shards."""
+    files = []
+    for path in sorted(folder.glob("*.bin")):
+        words = set(re.split("[^A-Za-z]+", path.stem))
+        splits = [name for name, of_split in SPLIT_WORDS.items() if words & of_split]
+        if path.name.startswith(".") or split not in splits:
+            continue
+        if len(splits) > 1:
+            fail(f"{path} names two splits, {' and '.join(splits)}: rename it, so that it belongs to one of them")
+        files.append(path)
+    return files
+
+
 class TokenWindows:
     """All windows of `block_size` tokens (and the one that follows) of a folder's shards of one split."""
 
     def __init__(self, folder: Path, split: str, block_size: int, vocab_size: int):
         self.folder, self.block_size, self.vocab_size = folder, block_size, vocab_size
-        self.paths = sorted(folder.glob(f"*{split}*.bin"))
+        self.paths = split_files(folder, split)
         if not self.paths:
-            fail(f"no *{split}*.bin in {folder}: prepare the dataset first (see docs/data.md)")
+            script = folder / "prepare.py"
+            hint = f"python {os.path.relpath(script)}" if script.exists() else "see docs/data.md"
+            fail(f"there is no {split} shard (a .bin file with the word {split} in its name) in {folder}: prepare the data first ({hint})")
         self.shards = [open_shard(path) for path in self.paths]
+        for path, shard in zip(self.paths, self.shards):
+            if shard.dtype == np.uint16 and vocab_size > 2**16:
+                fail(f"{path} holds uint16 tokens, which cannot be of a vocabulary of {vocab_size}: write them as uint32, with a header")
         # Windows of a shard do not overlap, but for the last target of one being the first token of the next.
         counts = [max(0, (len(shard) - 1) // block_size) for shard in self.shards]
         self.first_window = np.cumsum([0, *counts])
         if len(self) == 0:
-            fail(f"{split} in {folder} is shorter than one window of {block_size + 1} tokens: lower block_size or add data")
+            hint = "lower block_size, or prepare more text" + (" with a larger --val_fraction" if split == "val" else "")
+            fail(f"{split} in {folder} is shorter than one window of {block_size + 1} tokens: {hint}")
         for path, sample in zip(self.paths, self.samples()):
             if sample.max() >= vocab_size:
                 fail(f"{path} holds token {sample.max()}, beyond vocab_size={vocab_size}: set vocab_size to the dataset's")

@@ -1,7 +1,42 @@
 """Errors for people: one line that says what is wrong, where, and what to do."""
 
+import atexit
 import math
+import os
 import sys
+
+
+def end_cleanly():
+    """Makes a command end like a command: Ctrl-C in one line, a closed pipe (`| head -1`) in silence, and characters that the
+    terminal does not have are escaped. To be called first."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
+    sys.excepthook = _end
+    atexit.register(_flush)
+
+
+def _end(kind: type, error: BaseException, trace):
+    if not issubclass(kind, (KeyboardInterrupt, BrokenPipeError)):
+        return sys.__excepthook__(kind, error, trace)
+    if kind is KeyboardInterrupt:
+        os.write(2, b"\nnanoOEC: stopped\n")
+    os._exit(130 if kind is KeyboardInterrupt else 141)  # as shells count the two signals
+
+
+def _flush():
+    """Python would report a closed pipe that it meets when it flushes at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def say(message: str):
+    """Prints. Where standard output is a closed pipe or a full disk, the work continues without it."""
+    try:
+        print(message, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def fail(message: str):

@@ -51,7 +51,7 @@ def open_out_dir(out_dir: Path, resume: str) -> str:
     if has_run and not is_ours and not has_checkpoint:
         fail(f"{out_dir} holds a config.json or metrics.jsonl that is not a run's: choose another --out_dir")
     if has_checkpoint and not is_ours:
-        print(f"{out_dir}/config.json is missing or damaged: it is written anew", flush=True)
+        print(f"{out_dir}/config.json is missing or damaged: writing it again", flush=True)
 
     # The same command started again resumes from what it had reached.
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))

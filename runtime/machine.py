@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from runtime.errors import fail, one_line
+from runtime.errors import fail, one_line, say
 
 # Dense bfloat16 peak (V100: float16), FLOP/s, from the makers' data sheets. The first row whose words are all in the
 # GPU's name decides.
@@ -54,12 +54,9 @@ class Machine:
     peak_flops: float = math.nan  # FLOP/s of this process's device; nan: unknown
 
     def say(self, message: str):
-        """Prints on process 0. Where standard output is a closed pipe or a full disk, training continues without it."""
+        """Prints on process 0; training continues where nobody can read it."""
         if self.rank == 0:
-            try:
-                print(message, flush=True)
-            except OSError:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            say(message)
 
     def autocast(self):
         return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)

@@ -22,6 +22,7 @@ import torch
 
 from data.fineweb.prepare import link_shards
 from data.hugging_face import HuggingFaceDocuments
+from data.prepare import _encode as encode
 from data.prepare import load_tokenizer, prepare
 from data.shards import (
     Loader, TokenWindows, open_dataset, open_shard, permute, read_meta, samples_of_process, windows_of_samples,
@@ -60,9 +61,9 @@ def test_a_shard_is_what_others_write_and_read(tmp_path):
         (lambda b: b[:-1], "truncated"),
         (lambda b: b[:600], "truncated"),
         (lambda b: b + b"\0\0", "header"),
-        (lambda b: b"", "no token shard"),
-        (lambda b: b[:2], "no token shard"),
-        (lambda b: struct.pack("<i", 7) + b[4:], "no token shard"),
+        (lambda b: b"", "not a token shard"),
+        (lambda b: b[:2], "not a token shard"),
+        (lambda b: struct.pack("<i", 7) + b[4:], "not a token shard"),
         (lambda b: b[:4] + struct.pack("<i", 9) + b[8:], "version"),
         (lambda b: b[:8] + struct.pack("<i", -5) + b[12:], "header"),
         (lambda b: b[:8] + struct.pack("<i", 0) + b[12:1024], "no token"),
@@ -80,14 +81,14 @@ def test_a_damaged_header_is_not_taken_for_a_file_without_one(tmp_path, capsys):
     path = tmp_path / "train.bin"
     write_shard(path, np.arange(5000) % VOCAB)
     path.write_bytes(b"\0\1\2\3" + path.read_bytes()[4:])
-    assert "no token shard" in fails_in_one_line(capsys, open_shard, path)
+    assert "not a token shard" in fails_in_one_line(capsys, open_shard, path)
 
 
 def test_unusable_datasets_are_refused(data, tmp_path, capsys):
     assert "no dataset folder" in fails_in_one_line(capsys, open_dataset, tmp_path / "none", 32, VOCAB)
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert "*train*.bin" in fails_in_one_line(capsys, open_dataset, empty, 32, VOCAB)
+    assert "no train shard" in fails_in_one_line(capsys, open_dataset, empty, 32, VOCAB)
     assert "val" in fails_in_one_line(capsys, open_dataset, data, 4003, VOCAB)  # val is shorter than one window
     (data / "meta.json").write_text('{"vocab_size": 299, "tokenizer": "gpt2"}')
     assert "--vocab_size=299" in fails_in_one_line(capsys, open_dataset, data, 32, VOCAB)
@@ -107,6 +108,44 @@ def test_a_token_beyond_the_vocabulary_deep_inside_is_found_when_it_is_read(tmp_
     windows = TokenWindows(tmp_path, "train", 100, VOCAB)
     windows.read(np.array([0, 1, 2]))
     assert "beyond vocab_size" in fails_in_one_line(capsys, windows.read, np.array([299]))
+
+
+def test_the_split_is_a_whole_word_of_a_files_name(tmp_path, capsys):
+    names = ("medieval_train_000001", "tiny-train-2", "train", "fineweb_val_000000", "validation", ".train_hidden", "brain", "evaluate")
+    for name in names:
+        write_shard(tmp_path / f"{name}.bin", np.arange(100))
+    train, val = open_dataset(tmp_path, 8, VOCAB)
+    assert [path.stem for path in train.paths] == ["medieval_train_000001", "tiny-train-2", "train"]
+    assert [path.stem for path in val.paths] == ["fineweb_val_000000", "validation"]
+    write_shard(tmp_path / "train_val_000.bin", np.arange(100))
+    assert "train_val_000.bin" in fails_in_one_line(capsys, open_dataset, tmp_path, 8, VOCAB)
+
+
+def test_header_less_files_hold_16_bit_tokens(tmp_path, capsys):
+    """uint32 or int64 in their place would be read as halves: refused, whatever the vocabulary."""
+    tokens = np.arange(5_000) * 19 % 100_277
+    for token_type, vocab_size, says in ((np.uint32, 100_277, "uint16"), (np.uint16, 100_277, "uint16"), (np.uint32, VOCAB, "32 bits"), (np.int64, VOCAB, "32 bits")):
+        for name in ("train.bin", "val.bin"):
+            (tmp_path / name).write_bytes((tokens % min(vocab_size, 2**16)).astype(token_type).tobytes())
+        assert says in fails_in_one_line(capsys, open_dataset, tmp_path, 32, vocab_size)
+
+
+def test_shards_of_many_kinds_in_one_folder(tmp_path, capsys):
+    """Hundreds of small ones, other lengths and types, links: read as they are. One that cannot be read is named."""
+    dice = np.random.default_rng(0)
+    folder, parts = tmp_path / "data", []
+    folder.mkdir()
+    for number in range(300):
+        parts.append(dice.integers(0, VOCAB, dice.integers(9, 60)))
+        write_shard(folder / f"train_{number:06d}.bin", parts[-1], 100_000 if number % 3 else VOCAB)
+    write_shard(tmp_path / "elsewhere.bin", parts[0])
+    (folder / "train_linked.bin").symlink_to("../elsewhere.bin")
+    write_shard(folder / "val.bin", parts[0])
+    train, _ = open_dataset(folder, 8, VOCAB)
+    expected = [part[at : at + 9] for part in [*parts, parts[0]] for at in range(0, len(part) - 8, 8)]
+    assert np.array_equal(train.read(np.arange(len(train))), np.stack(expected))
+    (tmp_path / "elsewhere.bin").unlink()
+    assert "train_linked.bin" in fails_in_one_line(capsys, open_dataset, folder, 8, VOCAB)
 
 
 # --- windows and their order
@@ -296,7 +335,7 @@ def test_a_new_preparation_brings_its_own_vocabulary(tmp_path):
     assert load_tokenizer("vocabulary.tiktoken", out).n_vocab == json.loads((out / "meta.json").read_text())["vocab_size"] == 1001
 
 
-# --- a preparation that is stopped goes on
+# --- a preparation that is stopped and resumed
 
 
 @pytest.fixture(scope="module")
@@ -431,7 +470,7 @@ def test_a_disk_that_fills_up_keeps_the_finished_shards(small_disk, tmp_path, co
     with pytest.raises(SystemExit) as end:
         prepare(corpus, small_disk / "out", STDLIB_VOCABULARY, **OPTIONS)
     says = [line for line in capsys.readouterr().err.splitlines() if "nanoOEC" in line]
-    assert end.value.code == 2 and len(says) == 1 and "No space left" in says[0] and "goes on" in says[0]
+    assert end.value.code == 2 and len(says) == 1 and "No space left" in says[0] and "run the same command again" in says[0]
     finished = finished_shards(small_disk / "out/.partial", OPTIONS["shard_tokens"])
     assert finished
     (small_disk / "ballast").unlink()
@@ -598,7 +637,7 @@ def test_published_shards_are_linked(tmp_path, monkeypatch, capsys):
     (
         ("val_000000", lambda path: path.unlink(), "val"),
         ("train_000002", lambda path: path.write_bytes(path.read_bytes()[:-2]), "truncated"),
-        ("train_000001", lambda path: path.write_bytes(b"<html>not found</html>"), "no token shard"),
+        ("train_000001", lambda path: path.write_bytes(b"<html>not found</html>"), "not a token shard"),
         ("train_000002", lambda path: write_shard(path, np.full(5000, 50257), 50257), "50257"),
         ("val_000000", lambda path: write_shard(path, (np.arange(60_000) == 20_000) * 60_000, 50257), "beyond"),
     ),
@@ -615,7 +654,7 @@ def test_published_shards_are_checked(tmp_path, capsys, name, damage, says):
 def test_damaged_archives_are_one_line(tmp_path):
     """Flipped bits in a .gz and a .xz: exit 2 or read in spite of them, never a traceback."""
     dice = np.random.default_rng(0)
-    arguments = argparse.Namespace(text_key="text")
+    arguments = argparse.Namespace(text_key="text", encoding="utf-8", undecodable="replace")
     lines = "\n".join(json.dumps({"text": text}) for text in texts(50)).encode()
     for name, compress in (("a.jsonl.gz", gzip.compress), ("a.jsonl.xz", lzma.compress)):
         arguments.inputs, whole = [tmp_path / name], compress(lines)
@@ -657,12 +696,15 @@ def test_text_prepare_reads_every_kind_of_file(tmp_path):
     "name, content, options, says",
     (
         ("a.jsonl", b"{\n", [], "line 1"),
-        ("a.jsonl", b'{"text": 3}', [], "no string"),
+        ("a.jsonl", b'{"text": 3}', [], "not a string"),
         ("a.jsonl", b'{"body": "x"}', [], "--text_key"),
         ("a.jsonl.gz", b"no gzip", [], "a.jsonl.gz"),
         ("a.jsonl.xz", b"no xz", [], "a.jsonl.xz"),
         ("a.md", b"text", [], "a.md"),
-        ("a.txt", b"", [], "no document"),
+        ("a.txt", b"", [], "a.txt is empty"),
+        ("a.txt", b"t", ["--max_tokens", "1"], "too few"),
+        ("a.txt", b"caf\xe9", ["--undecodable", "refuse"], "is not utf-8"),
+        ("a.txt", b"text", ["--encoding", "rot13"], "rot13"),
         ("a.txt", b"text", ["--tokenizer", "gpt9"], "gpt9"),
         ("a.txt", b"text", ["--tokenizer", "none.tiktoken"], "none.tiktoken"),
         ("a.txt", b"text", ["--tokenizer", __file__ + ".tiktoken"], "tiktoken"),
@@ -679,6 +721,88 @@ def test_bad_text_input_is_one_line(tmp_path, name, content, options, says):
     errors = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.startswith("nanoOEC: ")]
     assert len(errors) == 1 and says in errors[0] and "Traceback" not in done.stderr
     assert not list(tmp_path.glob("out/*"))
+
+
+def prepared_text(out: Path) -> str:
+    """What the shards of a folder say, train first."""
+    encoding = load_tokenizer(read_meta(out)["tokenizer"], out)
+    train, val = open_dataset(out, 1, encoding.n_vocab)
+    return encoding.decode(np.concatenate([*train.shards, *val.shards]).tolist())
+
+
+def byte_prepare(out: Path, *arguments) -> str:
+    """Prepares with one token for a byte; standard error."""
+    done = run_text_prepare(*arguments, "--tokenizer", "bytes", "--out", out)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+@pytest.mark.parametrize("encoding", ("utf-8", "utf-8-sig", "utf-16"))
+def test_byte_order_marks_are_understood(tmp_path, encoding):
+    lines = "Zoë wrote 日本.\n" * 120
+    (tmp_path / "a.txt").write_bytes(lines.encode(encoding))
+    byte_prepare(tmp_path / "text", tmp_path / "a.txt")
+    assert prepared_text(tmp_path / "text") == "<|endoftext|>" + lines
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((json.dumps({"text": lines}, ensure_ascii=False) + "\n").encode(encoding)))
+    byte_prepare(tmp_path / "json", tmp_path / "a.jsonl.gz")
+    assert prepared_text(tmp_path / "json") == "<|endoftext|>" + lines
+
+
+def test_text_in_another_encoding_is_counted_or_read_as_told(tmp_path):
+    lines = "café à la carte\n" * 120
+    (tmp_path / "latin.txt").write_bytes(lines.encode("latin-1"))
+    assert "240 places are not utf-8" in byte_prepare(tmp_path / "a", tmp_path / "latin.txt")
+    assert prepared_text(tmp_path / "a").count("\ufffd") == 240
+    assert "places" not in byte_prepare(tmp_path / "b", tmp_path / "latin.txt", "--encoding", "latin-1")
+    assert prepared_text(tmp_path / "b") == "<|endoftext|>" + lines
+    (tmp_path / "wide.txt").write_bytes("no mark\n".encode("utf-16-le") * 50)
+    assert "400 NUL characters" in byte_prepare(tmp_path / "c", tmp_path / "wide.txt")
+    assert "NUL" not in byte_prepare(tmp_path / "d", tmp_path / "wide.txt", "--encoding", "utf-16-le")
+
+
+def test_hidden_files_links_and_files_named_twice_are_read_once_or_said(tmp_path):
+    folder = tmp_path / "source"
+    for path in ("sub/a.txt", "sub/.ipynb_checkpoints/a-checkpoint.txt", "._b.txt", ".git/c.txt"):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text("what the file says\n" * 20)
+    (folder / "link.txt").symlink_to("sub/a.txt")
+    (folder / "round").symlink_to(folder)
+    error = byte_prepare(tmp_path / "out", folder, folder / "sub/a.txt")
+    assert prepared_text(tmp_path / "out") == "<|endoftext|>" + "what the file says\n" * 20
+    assert error.count("was read before") == 2 and "round is a link to a folder: left out" in error
+
+
+def test_the_tail_of_a_text_of_too_few_documents_is_for_validation(tmp_path):
+    text = "".join(f"line {number}\n" for number in range(8_000))
+    (tmp_path / "a.txt").write_text(text)
+    assert "for validation" in byte_prepare(tmp_path / "out", tmp_path / "a.txt", "--shard_tokens", "20000")
+    assert prepared_text(tmp_path / "out") == "<|endoftext|>" + text
+    meta = read_meta(tmp_path / "out")
+    assert meta["val_tokens"] == -(-(meta["train_tokens"] + meta["val_tokens"]) // 10)
+    open_dataset(tmp_path / "out", 1024, 257)
+
+
+def test_runs_of_spaces_that_tiktoken_cannot_match(tmp_path):
+    """The text comes back whole, and the documents around it have tiktoken's own ids."""
+    documents = [*texts(50), " " * 999_999 + "x", "\n" * 300_000 + "y z", *texts(3)]
+    prepare(documents, tmp_path, STDLIB_VOCABULARY, source="test", val_fraction=1e-9)
+    encoding = load_tokenizer(STDLIB_VOCABULARY)
+    assert prepared_text(tmp_path) == "".join("<|endoftext|>" + text for text in documents)
+    whole = np.concatenate([open_shard(path) for path in sorted(tmp_path.glob("*.bin"))])  # train, val
+    expected = [token for text in documents[:50] for token in [encoding.eot_token, *encoding.encode(text)]]
+    assert whole[: len(expected)].tolist() == expected
+
+
+def test_a_text_that_is_cut_has_the_ids_of_the_whole():
+    encoding, text = load_tokenizer(STDLIB_VOCABULARY), (ROOT / "train.py").read_text()
+
+    class Weak:
+        def encode_to_numpy(self, text, **options):
+            if len(text) > 1_500:
+                raise ValueError("too long")
+            return encoding.encode_to_numpy(text, **options)
+
+    assert np.array_equal(encode(Weak(), text), encoding.encode_to_numpy(text))
 
 
 @pytest.mark.slow

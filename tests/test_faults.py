@@ -434,7 +434,7 @@ def test_a_folder_that_holds_other_things_is_refused(data, tmp_path, train_here,
         assert (folder / name).read_text() == '{"mine": 1}'
 
 
-def test_a_damaged_config_json_is_said_and_written_anew(finished, train_here, capsys):
+def test_a_damaged_config_json_is_said_and_written_again(finished, train_here, capsys):
     out, arguments = finished
     whole = (out / "config.json").read_bytes()
     flip(out / "config.json", 0.0)

@@ -115,7 +115,7 @@ def test_a_sweep_is_killed_and_goes_on(data, tmp_path):
         time.sleep(0.05)
     os.kill(first.pid, signal.SIGINT)
     output, _ = first.communicate(timeout=60)
-    assert first.returncode == 2 and "goes on from here" in output, output
+    assert first.returncode == 2 and "run the same command again" in output, output
     before = (out / "sweep.csv").read_text().splitlines()
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0, again.stdout + again.stderr
@@ -197,7 +197,7 @@ def test_why_refuses_what_it_does_not_know(refusal):
     "text, says",
     (
         ("method,learning_rate,test_loss\nbaseline,,3\n", "line 2: learning_rate is missing"),
-        ("method,learning_rate,test_loss\nbaseline,0.1,three\n", "test_loss='three' is no number"),
+        ("method,learning_rate,test_loss\nbaseline,0.1,three\n", "test_loss='three' is not a number"),
         ("method,learning_rate,test_loss\n", "no row"),
         ("\0", ""),
     ),

@@ -94,7 +94,7 @@ def peer_step(config, data: Path, folder: Path, kind: str, is_mended: bool):
     compiled = torch.compile(model)
     T, B = config.block_size, config.micro_batch_size
 
-    def get_batch():  # as both do: random windows of a memory map that is opened anew each time
+    def get_batch():  # as both do: random windows of a memory map that is opened again each time
         tokens = np.memmap(data / "train.bin", dtype=np.uint16, mode="r")
         starts = torch.randint(len(tokens) - T, (B,))
         x, y = (torch.stack([torch.from_numpy(tokens[i + o : i + o + T].astype(np.int64)) for i in starts]) for o in (0, 1))
@@ -352,7 +352,7 @@ def checkpoint_part(options, words, folder) -> list[dict]:
 
 
 def start_part(options, words, folder) -> list[dict]:
-    """From the start of `train.py config/quick.py config/oec.py` to the end of its first step, compiled anew or not."""
+    """From the start of `train.py config/quick.py config/oec.py` to the end of its first step, with an empty compile cache or a full one."""
     rows = {"cold compile cache": [], "warm compile cache": []}
     for turn in range(min(3, options.rounds)):
         cache = tempfile.mkdtemp(dir=folder)

@@ -33,8 +33,9 @@ KNOWN_SETTINGS = {
 }  # fmt: skip
 
 
-def export(checkpoint: str | Path, out_dir: str | Path):
+def export(checkpoint: str | Path, out_dir: str | Path, tokenizer: str = ""):
     """The model of a checkpoint, or of the newest one of a run's folder, as the new folder `out_dir`: whole or not at all.
+    `tokenizer` is a tiktoken encoding, "bytes", or a .tiktoken file; empty: that of the run's data.
 
     Ends the program (exit 2) for a bad checkpoint, a folder that is there already, a model with soft-capping.
     """
@@ -52,7 +53,7 @@ def export(checkpoint: str | Path, out_dir: str | Path):
         model, run = load_model(Path(checkpoint))
         if model.config.logit_softcap:
             fail(f"{checkpoint} caps its logits (logit_softcap={model.config.logit_softcap:g}), which StableLM cannot: no export")
-        encoding = known_tokenizer(run)
+        encoding = known_tokenizer(run, tokenizer)
         config = stablelm_config(model.config, encoding and encoding.eot_token)
         weights = stablelm_weights(model)
         biases = {re.sub("weight$", "bias", name): torch.zeros(len(weights[name])) for name in weights if has_bias(name)}
@@ -63,8 +64,8 @@ def export(checkpoint: str | Path, out_dir: str | Path):
         write_folder(out, files)
     except OSError as error:
         fail(f"{out_dir} cannot be written: {error.strerror or error}")
-    tokenizer = f"tokenizer {encoding.name}" if encoding else "no tokenizer, since the run's data names none"
-    print(f"{out_dir}: {len(tensors)} tensors, {tokenizer}")
+    with_tokenizer = f"tokenizer {encoding.name}" if encoding else "no tokenizer, since the run's data names none (see --tokenizer)"
+    print(f"{out_dir}: {len(tensors)} tensors, {with_tokenizer}")
 
 
 def write_folder(out: Path, files: dict[str, bytes]):
@@ -151,12 +152,12 @@ def has_bias(name: str) -> bool:
 # --- the tokenizer -------------------------------------------------------------------------------
 
 
-def known_tokenizer(run: dict) -> tiktoken.Encoding | None:
-    """The tokenizer of the run's data; None where no meta.json names it and the vocabulary is not of GPT-2's size."""
+def known_tokenizer(run: dict, name: str) -> tiktoken.Encoding | None:
+    """The tokenizer called `name`, or of the run's data; None where nothing names it and the vocabulary is not of GPT-2's size."""
     folder = dataset_folder(run["dataset"], run["data_dir"])
-    if folder.is_dir() and not read_meta(folder) and run["vocab_size"] != GPTConfig.vocab_size:
+    if not name and folder.is_dir() and not read_meta(folder) and run["vocab_size"] != GPTConfig.vocab_size:
         return None
-    return tokenizer_of(run)
+    return tokenizer_of(run, name)
 
 
 def tokenizer_files(encoding: tiktoken.Encoding, block_size: int) -> dict[str, bytes]:
@@ -222,8 +223,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="a ckpt_*.pt file, or the folder of a run: its newest")
     parser.add_argument("out", type=Path, help="the folder to make")
+    parser.add_argument("--tokenizer", default="", help="tiktoken encoding, bytes, or a .tiktoken file (default: that of the run's data)")
     arguments = parser.parse_args()
-    export(arguments.checkpoint, arguments.out)
+    export(arguments.checkpoint, arguments.out, arguments.tokenizer)
 
 
 if __name__ == "__main__":

@@ -221,7 +221,7 @@ def read_table(path: Path, columns: tuple[str, ...]) -> list[dict]:
             for name in columns:
                 float(row[name])
     except (OSError, UnicodeDecodeError, KeyError, ValueError, TypeError, csv.Error) as error:
-        fail(f"{path} is no table with the columns {', '.join(columns)}: {one_line(error)}")
+        fail(f"{path} is not a table with the columns {', '.join(columns)}: {one_line(error)}")
     return rows
 
 
@@ -267,7 +267,7 @@ def output_embedding(path: Path) -> tuple[torch.Tensor, int]:
         return state["model"]["unembedding.weight"], state["config"]["vocab_size"]
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files or any(file.suffix != ".safetensors" or not file.is_file() for file in files):
-        fail(f"{path} is no checkpoint of ours, no .safetensors file and no folder that holds one")
+        fail(f"{path} is neither a checkpoint of nanoOEC nor a .safetensors file nor a folder that holds one")
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError:
@@ -309,7 +309,7 @@ def hugging_face_outputs(path: Path):
     except ImportError:
         return print(f"{path}: no statistics of logits without: pip install transformers")
     except (OSError, ValueError, KeyError) as error:
-        return print(f"{path}: no statistics of logits, since it is no whole model with its tokenizer: {one_line(error)}")
+        return print(f"{path}: no statistics of logits, which need a whole model with its tokenizer: {one_line(error)}")
     tokens = torch.tensor(words[: min(1024, getattr(model.config, "max_position_embeddings", 1024))])
     hidden = model(tokens[None, :-1], output_hidden_states=True).hidden_states[-1][0]  # after the last norm
     options = {"soft_cap": getattr(model.config, "final_logit_softcapping", None) or 0.0}

@@ -6,6 +6,7 @@
 import argparse
 from pathlib import Path
 
+import tiktoken
 import torch
 
 from data.prepare import load_tokenizer
@@ -32,21 +33,30 @@ def load_model(path: Path) -> tuple[GPT, dict]:
     return model.eval(), state["config"]
 
 
-def tokenizer_of(config: dict):
-    """The tokenizer of the data a run was trained on; GPT-2's for shards without a meta.json."""
+def tokenizer_of(config: dict, name: str = "") -> tiktoken.Encoding:
+    """The tokenizer called `name`; without one, that of the data a run was trained on. Ends the program where the data names
+    none: GPT-2's is assumed for its own vocabulary size alone."""
     folder = dataset_folder(config["dataset"], config["data_dir"])
-    if not folder.is_dir():
-        fail(f"the run's data, {folder}, is not there, and its tokenizer with it: start from where the run was started")
-    encoding = load_tokenizer(read_meta(folder).get("tokenizer", "gpt2"), folder)
+    if name:
+        encoding, owner = load_tokenizer(name), f"tokenizer {name}"
+    elif not folder.is_dir():
+        fail(f"the run's data, {folder}, is not there, and its tokenizer with it: give --tokenizer, or start from where the run was started")
+    elif named := read_meta(folder).get("tokenizer"):
+        encoding, owner = load_tokenizer(named, folder), f"tokenizer of {folder}"
+    elif config["vocab_size"] == GPTConfig.vocab_size:
+        encoding, owner = load_tokenizer("gpt2"), f"tokenizer of {folder}"
+    else:
+        fail(f"the run's data, {folder}, does not name its tokenizer (it has no meta.json): give --tokenizer")
     if encoding.n_vocab != config["vocab_size"]:
-        fail(f"the tokenizer of {folder} has {encoding.n_vocab} tokens, the model {config['vocab_size']}: was it prepared anew?")
+        fail(f"the {owner} has {encoding.n_vocab} tokens, the model {config['vocab_size']}: they do not belong together")
     return encoding
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="a ckpt_*.pt file, or the folder of a run: its newest")
-    parser.add_argument("--prompt", default="", help="text to go on from (default: a new document)")
+    parser.add_argument("--prompt", default="", help="text to continue (default: a new document)")
+    parser.add_argument("--tokenizer", default="", help="tiktoken encoding, bytes, or a .tiktoken file (default: that of the run's data)")
     parser.add_argument("--tokens", type=int, default=200, help="how many to add (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest (default: %(default)s)")
     parser.add_argument("--top_k", type=int, default=0, help="draw from the k likeliest; 0 is off (default: %(default)s)")
@@ -57,7 +67,7 @@ def main():
     if arguments.temperature != 0 and not 0.01 <= arguments.temperature < float("inf"):
         fail("--temperature must be 0, or finite and at least 0.01")
     model, config = load_model(arguments.checkpoint)
-    encoding = tokenizer_of(config)
+    encoding = tokenizer_of(config, arguments.tokenizer)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     prompt = arguments.prompt.encode("utf-8", errors="replace").decode()
     tokens = torch.tensor([[encoding.eot_token, *encoding.encode(prompt, disallowed_special=())]], device=model.embedding.weight.device)

@@ -3,8 +3,8 @@
     python -m tools.sweep config/paper_16m.py --learning_rates 3e-4,1e-3,3e-3,1e-2,3e-2,1e-1,3e-1 --seeds 1 --out out/sweep
     python -m tools.sweep config/paper_16m.py --methods z_loss --z_loss_weights 1e-7,1e-4,1e-1,1e2 --out out/lambda
 
-Config files and --key=value settings are train.py's. The same command goes on where it was stopped; another one with the
-same settings adds its cells to the folder. OUT/sweep.csv has a row a cell, OUT/summary.md the learning-rate sensitivities.
+Config files and --key=value settings are train.py's. The same command resumes a sweep that was stopped; another one with
+the same settings adds its cells to the folder. OUT/sweep.csv has a row a cell, OUT/summary.md the learning-rate sensitivities.
 """
 
 import argparse
@@ -137,7 +137,7 @@ def read_sweep(path: Path) -> list[dict]:
                 try:
                     float(value)
                 except (ValueError, TypeError):
-                    fail(f"{path}, line {number}: {name}={value!r} is no number")
+                    fail(f"{path}, line {number}: {name}={value!r} is not a number")
     return rows
 
 
@@ -201,7 +201,7 @@ def run_cells(cells: list[Cell], rows: list[dict], out: Path, jobs: int):
                     waiting[0].start(slot, jobs)
                     running[slot] = waiting.pop(0)
             if is_stopped.wait(0.2):
-                fail("stopped; the same command goes on from here")
+                fail("stopped; run the same command again to resume")
             for slot, cell in list(running.items()):
                 if cell.process.poll() is None:
                     continue
@@ -215,7 +215,7 @@ def run_cells(cells: list[Cell], rows: list[dict], out: Path, jobs: int):
                 left = (time.monotonic() - began) / n_done * (len(cells) - n_done)
                 print(f"{n_done}/{len(cells)} {cell.name}: {rows_word(rows, cell)}, {timedelta(seconds=round(left))} left", flush=True)
     finally:
-        for cell in running.values():  # they save and leave; the same command goes on from there
+        for cell in running.values():  # they save and leave; the same command resumes them
             cell.process.send_signal(signal.SIGTERM)
         for cell in running.values():
             cell.process.wait()
@@ -234,7 +234,7 @@ def numbers(text: str) -> list[str]:
         except ValueError:
             good = False
         if not good:
-            fail(f"{word!r} in {text!r} is no positive number")
+            fail(f"{word!r} in {text!r} is not a positive number")
     return words
 
 
