@@ -57,8 +57,6 @@ def unembedding_loss(
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     stored = torch.promote_types(dtype, logits_dtype or dtype)
-    if chunk_rows == 0:
-        chunk_rows = choose_chunk_rows(len(hidden), W.shape[0], device)
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or W.requires_grad)
     options = (vocab_size, z_loss_weight, soft_cap, ignore_index, chunk_rows, dtype, stored, needs_grad)
     loss, statistics, *_ = _unembedding(hidden, W, targets, *options, torch.compiler.is_compiling())
@@ -87,7 +85,9 @@ def _unembedding(
     wide = torch.promote_types(dtype, torch.float32)
     softmax_pass = _compiled_softmax_pass() if compiled else _softmax_pass
     (N, d), rows = hidden.shape, W.shape[0]
-    with torch.autocast(hidden.device.type, enabled=False):
+    chunk_rows = chunk_rows or choose_chunk_rows(N, rows, hidden.device.type)
+    # The second guard: the first call after a compilation runs without the keys it leaves out, and would be compiled for itself.
+    with torch.autocast(hidden.device.type, enabled=False), torch._C._AutoDispatchBelowADInplaceOrView():
         hidden_low, W_low = hidden.to(dtype), W.to(dtype)
         factor = W_low.T if stored == dtype else _wide_factor(W_low.T, wide)
         buffer = hidden.new_empty(min(chunk_rows, N), rows, dtype=stored)  # one chunk's logits, then their gradient
@@ -99,6 +99,9 @@ def _unembedding(
             h, target = hidden_low[chunk], targets[chunk]
             logits = _multiply(h, factor, out=buffer[: len(h)])
             real = logits[:, :vocab_size]
+            if compiled:  # for any number of tokens, once
+                torch._dynamo.maybe_mark_dynamic(real, 0)
+                torch._dynamo.maybe_mark_dynamic(target, 0)
             statistics[:, chunk] = softmax_pass(real, target, z_weight, cap, ignore_index, wide, needs_grad)
             if needs_grad:
                 logits[:, vocab_size:] = 0

@@ -79,6 +79,25 @@ def test_compiled_equals_eager(dtype):
             torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * a.abs().max().item())
 
 
+def test_any_number_of_tokens_is_compiled_once():
+    """The softmax pass once, and what calls it once; sizes 0 and 1 each once more."""
+    weight = torch.randn(128, 8, requires_grad=True)
+    function = torch.compile(lambda hidden, targets: unembedding_loss(hidden, weight, targets, vocab_size=100).loss, dynamic=True)
+    torch._dynamo.utils.counters.clear()
+
+    def graphs_after(*sizes) -> int:
+        for size in sizes:
+            hidden = torch.randn(size, 8, requires_grad=True)
+            loss = function(hidden, torch.arange(size) % 100)
+            loss.backward()
+            plain = oec.unembedding_loss(hidden, weight, torch.arange(size) % 100, vocab_size=100).loss
+            assert torch.allclose(loss, plain, atol=1e-5)
+        return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+    assert graphs_after(16) == graphs_after(17, 20, 23, 31, 40, 41, 42, 50, 600) == 2
+    assert graphs_after(1, 0) == graphs_after(3, 1, 0, 1000)
+
+
 @pytest.mark.parametrize("compiled", (False, True))
 def test_a_chunk_of_logits_is_the_largest_thing_ever_held(monkeypatch, compiled):
     """Three products a chunk, none computed twice, none of more rows than the chunk has."""
