@@ -148,14 +148,13 @@ class GPT(nn.Module):
         self.unembedding = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         if config.tie_weights:
             self.unembedding.weight = self.embedding.weight
-        cos, sin = rotary_angles(config.block_size, config.n_embd // config.n_head)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        for name in ("cos", "sin"):
+            self.register_buffer(name, torch.empty(config.block_size, 1, config.n_embd // config.n_head // 2), persistent=False)
         self.initialize()
 
     @torch.no_grad()
     def initialize(self):
-        """All initialisation, as in the paper's recipe.
+        """All initialisation, as in the paper's recipe. A model that was made on the meta device takes it after `to_empty`.
 
         weight                          distribution
         ------------------------------  ------------------------------------------------
@@ -172,6 +171,9 @@ class GPT(nn.Module):
         for block in self.blocks:
             nn.init.normal_(block.attention.projection.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
         nn.init.normal_(self.embedding.weight, std=1 / math.sqrt(self.config.n_embd))
+        cos, sin = rotary_angles(self.config.block_size, self.config.n_embd // self.config.n_head)
+        self.cos.copy_(cos)
+        self.sin.copy_(sin)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None):
         """tokens, targets (B, T) int64, T ≤ block_size; a target of -1 does not count.

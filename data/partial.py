@@ -18,7 +18,7 @@ VOCABULARY_FILE = "vocabulary.tiktoken"
 @contextmanager
 def partial_folder(out: Path):
     """`out/.partial`, for this process alone. What a later call can resume from stays there; anything else is deleted."""
-    partial = out / ".partial"
+    partial, is_new = out / ".partial", not out.exists()
     try:
         partial.mkdir(parents=True, exist_ok=True)
         lock = _lock(partial)
@@ -31,6 +31,8 @@ def partial_folder(out: Path):
         finally:
             if not _can_go_on(partial):
                 shutil.rmtree(partial, ignore_errors=True)
+            if is_new and not any(out.iterdir()):
+                out.rmdir()
             os.close(lock)
     except OSError as error:
         go_on = "; run the same command again to resume" if _can_go_on(partial) else ""

@@ -16,11 +16,14 @@ def end_cleanly():
 
 
 def _end(kind: type, error: BaseException, trace):
-    if not issubclass(kind, (KeyboardInterrupt, BrokenPipeError)):
+    cause = error
+    while cause and not isinstance(cause, (KeyboardInterrupt, BrokenPipeError)):
+        cause = cause.__cause__ or cause.__context__  # what an interrupted import makes of it
+    if cause is None:
         return sys.__excepthook__(kind, error, trace)
-    if kind is KeyboardInterrupt:
-        os.write(2, b"\nnanoOEC: stopped\n")
-    os._exit(130 if kind is KeyboardInterrupt else 141)  # as shells count the two signals
+    if isinstance(cause, KeyboardInterrupt):
+        os.write(2, b"nanoOEC: stopped\n")
+    os._exit(130 if isinstance(cause, KeyboardInterrupt) else 141)  # as shells count the two signals
 
 
 def _flush():

@@ -1,5 +1,6 @@
 """The folder of a run: its lock, whole writes, metrics.jsonl, and the trackers that show the same elsewhere."""
 
+import atexit
 import fcntl
 import json
 import math
@@ -8,6 +9,7 @@ import re
 import secrets
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
@@ -39,17 +41,17 @@ def open_out_dir(out_dir: Path, resume: str) -> str:
     Returns what to resume from: auto, never or a path. Ends the program rather than touch another's files.
     """
     try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        lock(out_dir)
         earlier = json.loads((out_dir / "config.json").read_bytes()) if (out_dir / "config.json").exists() else {}
     except OSError as error:
-        fail(f"out_dir={out_dir} cannot be written: {error.strerror}; choose another --out_dir")
+        fail(f"out_dir={out_dir} cannot be read: {error.strerror}; choose another --out_dir")
     except (ValueError, RecursionError):
         earlier = None
     is_ours = isinstance(earlier, dict) and "n_embd" in earlier
-    has_checkpoint, has_run = bool(checkpoints(out_dir)), earlier != {} or (out_dir / "metrics.jsonl").exists()
-    if has_run and not is_ours and not has_checkpoint:
+    has_run = earlier != {} or (out_dir / "metrics.jsonl").exists()
+    if has_run and not is_ours and not checkpoints(out_dir):
         fail(f"{out_dir} holds a config.json or metrics.jsonl that is not a run's: choose another --out_dir")
+    lock(out_dir, "training into")
+    has_checkpoint = bool(checkpoints(out_dir))
     if has_checkpoint and not is_ours:
         print(f"{out_dir}/config.json is missing or damaged: writing it again", flush=True)
 
@@ -70,9 +72,16 @@ def open_out_dir(out_dir: Path, resume: str) -> str:
 held_locks = []  # open files: each lock lasts as long as this process
 
 
-def lock(out_dir: Path):
-    """Two processes writing one run would lose both. A process that was killed may take some seconds to be gone."""
-    held_locks.append(open(out_dir / ".lock", "w"))
+def lock(folder: Path, doing: str):
+    """Makes the folder, for this process alone: two that write one run would lose both. Ends the program where another has it;
+    one that was killed may take some seconds to be gone. A folder in which nothing was written is removed at the end."""
+    if not folder.exists():
+        atexit.register(remove_unused, folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held_locks.append(open(folder / ".lock", "a"))
+    except OSError as error:
+        fail(f"{folder} cannot be written: {error.strerror}; choose another folder")
     for attempt in range(30):
         try:
             return fcntl.lockf(held_locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -80,7 +89,14 @@ def lock(out_dir: Path):
             time.sleep(0.5)
         except OSError:
             return  # this file system has no locks
-    fail(f"another process is training into {out_dir}: stop it, or choose another --out_dir")
+    fail(f"another process is {doing} {folder}: wait for it, stop it, or choose another folder")
+
+
+def remove_unused(folder: Path):
+    with suppress(OSError):
+        if [path.name for path in folder.iterdir()] == [".lock"]:
+            (folder / ".lock").unlink()
+            folder.rmdir()
 
 
 class RunFolder:
@@ -122,6 +138,15 @@ class RunFolder:
         if must or self.config.stop_on_write_error:
             fail(f"{problem}; make room and start again")
         print(f"nanoOEC: {problem}; training continues", file=sys.stderr, flush=True)
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl; one that is being written, or that a kill cut off, is left out. OSError without one."""
+    lines = []
+    for text in (folder / "metrics.jsonl").read_text(errors="replace").splitlines():
+        with suppress(ValueError):
+            lines.append(json.loads(text))
+    return lines
 
 
 class Metrics:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import sysconfig
+import tempfile
 import threading
 import time
 import warnings
@@ -254,11 +255,12 @@ def errors_for_people():
     """Errors of the machine, not of the code: a full memory, a compile cache that a kill left unfinished."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, OSError) as error:
         if remove_unfinished(str(error)):
             fail("PyTorch's compile cache held files that a kill had left unfinished; they are deleted: start again")
         if "No space left on device" in str(error):
-            fail(f"the disk of the temporary folder is full ({one_line(error)}): make room, or set TMPDIR to another folder")
+            folder = tempfile.gettempdir()
+            fail(f"the disk of TMPDIR, {folder}, is full ({one_line(error)}): make room, or set TMPDIR to a folder on another disk")
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
             raise
         fail(f"the memory is full: lower --micro_batch_size or the model's size. {one_line(error)}")

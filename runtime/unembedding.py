@@ -54,7 +54,7 @@ def unembedding_loss(
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():  # torch.func.grad and its like
         raise RuntimeError(REFUSAL)
     device, dtype = hidden.device.type, hidden.dtype
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     stored = torch.promote_types(dtype, logits_dtype or dtype)
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or W.requires_grad)

@@ -32,6 +32,7 @@ import torch.nn.functional as F
 import oec
 from data.shards import Loader, open_dataset, samples_of_process, shard_header
 from model import METHODS
+from runtime.checkpoint import write_whole
 from runtime.errors import fail
 from runtime.machine import available_cores, start_machine
 from runtime.unembedding import unembedding_loss
@@ -477,6 +478,8 @@ def main():
         fail("--rounds must be at least 1 and --seconds above 0")
     if options.json and options.json.exists():
         fail(f"{options.json} exists: name another file for --json, or move it away")
+    if options.json and not os.access(options.json.absolute().parent, os.W_OK):
+        fail(f"--json={options.json} cannot be written: there is no such folder, or it is read-only")
     words = words or SMALL
     config = load_config(words)
     machine = {"torch": torch.__version__, "python": platform.python_version(), "cores": available_cores(), "words": words}
@@ -487,7 +490,9 @@ def main():
             results[part] = globals()[f"{part}_part"](options, words, folder)
             print(table(part, results[part]), flush=True)
             if options.json:
-                options.json.write_text(json.dumps(results, indent=1) + "\n")
+                write_whole(options.json, json.dumps(results, indent=1).encode() + b"\n")
+    except OSError as error:
+        fail(f"{options.json or folder} cannot be written: {error.strerror or error}")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

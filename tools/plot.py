@@ -24,6 +24,7 @@ import oec
 from data.shards import dataset_folder, open_dataset
 from runtime.checkpoint import checkpoints, read_checkpoint
 from runtime.errors import fail, one_line
+from runtime.folder import read_metrics
 from tools.drift import draw_curve, is_run, published_rows
 from tools.sample import load_model
 from tools.sweep import read_sweep, sensitivities
@@ -147,8 +148,8 @@ def draw_curves(folders: list[Path], names: list[str], out: Path):
     smallest = dict.fromkeys(names, math.inf)
     for place, folder in enumerate(folders):
         try:
-            lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        except (OSError, ValueError) as error:
+            lines = read_metrics(folder)
+        except OSError as error:
             fail(f"{folder} holds no run that can be read: {error}")
         colour, marker, dashes = list(STYLES.values())[place % len(STYLES)]
         for name, axis in zip(names, axes.flat):

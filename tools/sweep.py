@@ -27,7 +27,8 @@ import torch
 
 from model import METHODS, WEIGHTS
 from runtime.checkpoint import write_whole
-from runtime.errors import fail
+from runtime.errors import fail, say
+from runtime.folder import lock, read_metrics
 from runtime.machine import available_cores
 from train import TrainConfig, load_config
 
@@ -81,7 +82,7 @@ class Cell:
 
     def row(self) -> dict:
         """The cell's line of sweep.csv, once its process has ended."""
-        lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        lines = read_metrics(self.folder)
         last = next((x for x in reversed(lines) if x["split"] == "val" and x["step"] == self.config.max_steps), None)
         initial_loss = math.log(self.config.vocab_size)
         status = "done" if self.process.returncode == 0 and last and last["cross_entropy"] is not None else "diverged"
@@ -105,11 +106,11 @@ def open_sweep(out: Path, config: TrainConfig) -> list[dict]:
     """The rows that are there; ends the program where the folder is of another sweep."""
     settings = {name: value for name, value in asdict(config).items() if name not in OF_THE_CELL}
     try:
-        out.mkdir(parents=True, exist_ok=True)
         path = out / "sweep.json"
+        if not path.exists() and out.exists() and any(file.name != ".lock" for file in out.iterdir()):
+            fail(f"{out} is not empty and holds no sweep: choose another --out")
+        lock(out, "running a sweep in")
         if not path.exists():
-            if any(out.iterdir()):
-                fail(f"{out} is not empty and holds no sweep: choose another --out")
             write_whole(path, json.dumps(settings, indent=1).encode() + b"\n")
         earlier = asdict(TrainConfig()) | json.loads(path.read_text())  # settings that are newer than the folder
         if changed := [f"{k} was {earlier.get(k)!r}, is {v!r}" for k, v in settings.items() if earlier.get(k) != v]:
@@ -213,7 +214,7 @@ def run_cells(cells: list[Cell], rows: list[dict], out: Path, jobs: int):
                 write_sweep(out, rows)
                 n_done += 1
                 left = (time.monotonic() - began) / n_done * (len(cells) - n_done)
-                print(f"{n_done}/{len(cells)} {cell.name}: {rows_word(rows, cell)}, {timedelta(seconds=round(left))} left", flush=True)
+                say(f"{n_done}/{len(cells)} {cell.name}: {rows_word(rows, cell)}, {timedelta(seconds=round(left))} left")
     finally:
         for cell in running.values():  # they save and leave; the same command resumes them
             cell.process.send_signal(signal.SIGTERM)
@@ -265,9 +266,9 @@ def main():
     rows = open_sweep(options.out, load_config(words))
     finished = {tuple(row[name] for name in COLUMNS[:4]) for row in rows}
     missing = [cell for cell in {cell.key: cell for cell in cells}.values() if cell.key not in finished]
-    print(f"{len(cells) - len(missing)} of {len(cells)} cells are there, {len(missing)} to run, {jobs} at a time", flush=True)
+    say(f"{len(cells) - len(missing)} of {len(cells)} cells are there, {len(missing)} to run, {jobs} at a time")
     run_cells(missing, rows, options.out, jobs)
-    print(f"\n{summary(rows)}\n{options.out / 'sweep.csv'}")
+    say(f"\n{summary(rows)}\n{options.out / 'sweep.csv'}")
 
 
 if __name__ == "__main__":

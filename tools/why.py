@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import csv
 import io
-import json
 import subprocess
 import sys
 import tempfile
@@ -34,6 +33,7 @@ import train
 from model import METHODS, WEIGHTS
 from runtime.checkpoint import save_weights
 from runtime.errors import fail
+from runtime.folder import lock, read_metrics
 from runtime.machine import start_machine
 from tools.drift import check_can_drift, hidden_of_run, transplant, write_csv
 from tools.sample import load_model
@@ -99,11 +99,11 @@ def rescue(options):
     check_can_drift(model, options.checkpoint)
     hidden, _ = hidden_of_run(model, config)
     table = options.out / "rescue.csv"
+    lock(options.out, "writing")
     try:
-        options.out.mkdir(parents=True, exist_ok=True)
         rows = list(csv.DictReader(io.StringIO(table.read_text()))) if table.exists() else []
     except OSError as error:
-        fail(f"{options.out} cannot be written: {error.strerror}; choose another --out")
+        fail(f"{table} cannot be read: {error.strerror}; choose another --out")
     there = {tuple(row[name] for name in COLUMNS[:5]) for row in rows}
     cells = product(options.arms.split(","), weights, options.learning_rates.split(","), drifts, options.seeds.split(","))
     cells = [(drift, arm, weight, rate, seed) for arm, weight, rate, drift, seed in cells]
@@ -147,7 +147,7 @@ def continue_training(model, config: dict, settings: dict, head: bool, rate: flo
                 if end.code == 3:
                     fail(f"the run with {' '.join(words)} diverged: leave its arm or its rate out")
                 raise
-        lines = [json.loads(line) for line in Path(folder, "run/metrics.jsonl").read_text().splitlines()]
+        lines = read_metrics(Path(folder, "run"))
         if lines[-1]["step"] < steps:
             fail("stopped; the same command continues from here")
         lines = [line for line in lines if line["split"] == "val"]
@@ -190,6 +190,7 @@ def natural(words: list[str]):
     options, settings = parser.parse_known_args(words)
     if unknown := [arm for arm in options.arms.split(",") if arm not in NATURAL_ARMS]:
         fail(f"there is no arm {unknown[0]!r} among {', '.join(NATURAL_ARMS)}")
+    lock(options.out, "writing")
     rows = []
     for arm, seed in product(options.arms.split(","), options.seeds.split(",")):
         folder = options.out / f"{arm}-seed{seed}"
@@ -197,14 +198,14 @@ def natural(words: list[str]):
         command = [sys.executable, str(Path(train.__file__)), *settings, *own, f"--seed={seed}", f"--out_dir={folder}"]
         if status := subprocess.run(command).returncode:
             fail(f"{folder} ended with {status}: the same command continues from here")
-        rows += natural_rows(folder / "metrics.jsonl", arm, seed)
+        rows += natural_rows(folder, arm, seed)
         write_csv(options.out / "natural.csv", rows)
     print(options.out / "natural.csv")
 
 
-def natural_rows(metrics: Path, arm: str, seed: str) -> list[dict]:
+def natural_rows(folder: Path, arm: str, seed: str) -> list[dict]:
     """The validation lines of a run, as rows of natural.csv: rescue.csv's columns."""
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    lines = read_metrics(folder)
     peak = max(line["lr"] for line in lines if line["split"] == "train")
     values = ("step", "cross_entropy", "logit_mean", "logit_std", "rounding_nats")
     validation = [line for line in lines if line["split"] == "val"]
