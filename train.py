@@ -12,7 +12,6 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +26,7 @@ from data.shards import Loader, TokenWindows, dataset_folder, open_dataset, perm
 from model import ARCHITECTURE, GPT, METHODS, METRICS, WEIGHTS, GPTConfig, check_model_config
 from runtime.checkpoint import find_checkpoint, load_weights, restore, state_of
 from runtime.errors import diverged, end_cleanly, fail
-from runtime.folder import RunFolder, open_out_dir, run_name
+from runtime.folder import RunFolder, log_line, open_out_dir, run_name
 from runtime.machine import Machine, StopRequest, average, errors_for_people, start_machine
 from runtime.settings import check_settings, print_help, read_settings
 
@@ -138,16 +137,20 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 # --- evaluation ----------------------------------------------------------------------------------
 
 
-def evaluate(model, val: TokenWindows, config: TrainConfig, machine: Machine) -> dict[str, float]:
-    """Averages over the same validation windows each time. The processes share out the batches.
+def evaluate(model, val: TokenWindows, config: TrainConfig, machine: Machine, stop: StopRequest) -> dict[str, float]:
+    """Averages over the same validation windows each time; {} where a request to stop cuts it short. The processes share out
+    the batches, and all make the same number of passes.
 
     Compiled, gradients stay enabled: without them it is another graph, and compiling that takes longer than idle gradients.
     """
     windows = permute(np.arange(min(config.eval_sequences, len(val))), len(val), key=0)
     batches = [windows[at : at + config.micro_batch_size] for at in range(0, len(windows), config.micro_batch_size)]
     mine = [(len(batch), batch) for batch in batches[machine.rank :: machine.world_size]]
+    mine += [(0, batches[0])] * (math.ceil(len(batches) / machine.world_size) - len(mine))
     passes = []
-    for weight, batch in mine or [(0, batches[0])]:
+    for weight, batch in mine:
+        if stop.agreed():
+            return {}
         tokens = torch.from_numpy(val.read(np.resize(batch, config.micro_batch_size))).to(machine.device)
         targets = tokens.clone()[:, 1:]  # strides as in training, or it would be compiled again
         targets[len(batch) :] = -1  # a short last batch keeps its shape, so nothing is compiled for it
@@ -177,7 +180,7 @@ class Trainer:
     """The state of a run. `Trainer(config, machine).run()` trains; `update` is one step."""
 
     def __init__(self, config: TrainConfig, machine: Machine):
-        self.config, self.machine, self.stop = config, machine, StopRequest(machine)
+        self.config, self.machine = config, machine
         self.out_dir, path, damaged = Path(config.out_dir or f"out/{run_name(config, METHODS, WEIGHTS)}"), None, {}
         folder = dataset_folder(config.dataset, config.data_dir)
         with machine.together():
@@ -191,6 +194,7 @@ class Trainer:
             if machine.rank == 0:
                 path, damaged = find_checkpoint(self.out_dir, open_out_dir(self.out_dir, config.resume))
         path = machine.broadcast(path)
+        self.stop = StopRequest(machine)  # until here, a signal ends the program at once
 
         torch.manual_seed(config.seed)
         self.model = GPT(config).to(machine.device)  # the parameters: saved, counted, sampled from
@@ -199,7 +203,7 @@ class Trainer:
             for group in optimizer.param_groups:
                 group.setdefault("initial_lr", group["lr"])  # its peak
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
-        self.step, self.best_loss, self.best_step = 0, math.inf, 0
+        self.step, self.evaluated_step, self.best_loss, self.best_step = 0, 0, math.inf, 0
         self.bad_steps, self.bad_in_row, self.first_bad = 0, 0, {}  # steps left out: all, in a row, the first of the row
         if path:
             restore(self, path, IDENTITY)
@@ -207,7 +211,7 @@ class Trainer:
             load_weights(self.model, Path(config.init_from), asdict(config), ARCHITECTURE)
             machine.say(f"starting with the weights of {config.init_from}")
         with machine.together():
-            if machine.rank == 0 and self.step < config.max_steps:
+            if machine.rank == 0 and not self.is_done():
                 self.folder = RunFolder(self.out_dir, config, self.step, damaged)
         # The same parameters twice more: run by compiled code, and with gradients averaged over the processes.
         self.compiled = torch.compile(self.model) if config.compile else self.model
@@ -261,20 +265,10 @@ class Trainer:
         values["tokens_per_second"] = tokens_per_second
         values["mfu"] = tokens_per_second * self.model.flops_per_token() / (machine.peak_flops * machine.world_size)
         self.write_metrics("train", values)
-        machine.say(
-            f"step {self.step}/{config.max_steps} | loss {values['loss']:.4f}"
-            + (f" | {tokens_per_second:,.0f} tokens/s" if tokens_per_second else "")
-            + (f" | MFU {values['mfu']:.1%}" if math.isfinite(values["mfu"]) else "")
-            + f" | ‖μ‖ {values['mu_norm']:.3g} | mean logit {values['logit_mean']:.3g}"
-            + (f" | rounding costs {values['rounding_nats']:.3f} nats" if values["rounding_nats"] > 0.001 else "")
-            + (f": resume with --oec=mu_centering --out_dir={self.out_dir}" if self.advises_centring(values) else "")
-            + (f" | {self.bad_steps} bad steps" if self.bad_steps else "")
-            + (f" | {timedelta(seconds=round(seconds_left))} left" if tokens_per_second else "")
-        )
-
-    def advises_centring(self, values: dict) -> bool:
-        is_free = "centering" not in self.config.oec and not self.config.z_loss_weight  # it would change nothing but the rounding
-        return is_free and values["rounding_nats"] >= 0.01
+        # Centring would change nothing but the rounding, where no loss sees the shift.
+        is_advised = values["rounding_nats"] >= 0.01 and "centering" not in config.oec and not config.z_loss_weight
+        advice = f": resume with --oec=mu_centering --out_dir={self.out_dir}" if is_advised else ""
+        machine.say(f"step {self.step}/{config.max_steps} | {log_line(values, advice, seconds_left)}")
 
     def write_metrics(self, split: str, values: dict):
         tokens = self.step * self.config.batch_size * self.config.block_size
@@ -283,9 +277,36 @@ class Trainer:
             if self.machine.rank == 0:
                 self.folder.write_metrics(split, self.step, {"tokens": tokens, **values})
 
+    def is_evaluation_due(self) -> bool:
+        interval = self.config.eval_interval
+        is_due = self.step == self.config.max_steps or self.step > 0 and interval and self.step % interval == 0
+        return is_due and self.evaluated_step < self.step
+
+    def is_done(self) -> bool:
+        return self.step >= self.config.max_steps and not self.is_evaluation_due()
+
+    def evaluate_and_save(self) -> bool:
+        """What is due after this step; True on a request to stop. The resumed run makes up for an evaluation that is cut short."""
+        config, machine = self.config, self.machine
+        is_last, save_interval = self.step == config.max_steps, config.checkpoint_interval or config.eval_interval
+        is_save = is_last or save_interval and self.step % save_interval == 0
+        if self.is_evaluation_due() and (values := evaluate(self.compiled, self.val_data, config, machine, self.stop)):
+            values |= mu_metrics(self.model, machine.dtype)
+            if is_save and values["cross_entropy"] < self.best_loss:
+                self.best_loss, self.best_step = values["cross_entropy"], self.step
+            self.write_metrics("val", values)
+            machine.say(f"step {self.step}/{config.max_steps} | validation loss {values['cross_entropy']:.4f}")
+            self.evaluated_step = self.step
+        is_stopping = self.stop.agreed()
+        if is_save or is_stopping:
+            with machine.together():
+                if machine.rank == 0:
+                    self.folder.save(state_of(self), must=is_last or is_stopping)
+        return is_stopping
+
     def run(self):
         config, machine = self.config, self.machine
-        if self.step >= config.max_steps:
+        if self.is_done():
             return machine.say(f"{self.out_dir} has its {config.max_steps} steps already: nothing to do")
         machine.say(
             f"{self.model.num_parameters():,} parameters, {len(self.train_data) * config.block_size:,} tokens of data, "
@@ -295,10 +316,10 @@ class Trainer:
         samples = samples_of_process(self.step, config.max_steps, config.batch_size, config.micro_batch_size, machine.rank, machine.world_size)
         loader = Loader(self.train_data, samples, config.seed, machine.device)
         batches = iter(loader)
-        first_step, is_stopping = self.step, False
+        first_step = self.step
+        is_stopping = self.is_evaluation_due() and self.evaluate_and_save()
         while self.step < config.max_steps and not is_stopping:
             metrics = self.update(batches)
-            is_stopping = self.stop.agreed()
             is_last = self.step == config.max_steps
             if self.step == first_step + 1:  # the first step compiles, so the clock starts after it
                 began = logged_at = time.monotonic()
@@ -316,25 +337,12 @@ class Trainer:
                 machine.say(diverged(self.first_bad, self.bad_in_row, rate, mu_metrics(self.model, machine.dtype)["stored_mu_norm"]))
                 raise SystemExit(3)
 
-            # once in a while: evaluate
+            # once in a while: evaluate and save
             paused_at = time.monotonic()
-            save_interval = config.checkpoint_interval or config.eval_interval
-            is_save = is_last or save_interval and self.step % save_interval == 0
-            if is_last or config.eval_interval and self.step % config.eval_interval == 0:
-                values = evaluate(self.compiled, self.val_data, config, machine) | mu_metrics(self.model, machine.dtype)
-                if is_save and values["cross_entropy"] < self.best_loss:
-                    self.best_loss, self.best_step = values["cross_entropy"], self.step
-                self.write_metrics("val", values)
-                machine.say(f"step {self.step}/{config.max_steps} | validation loss {values['cross_entropy']:.4f}")
-
-            # once in a while: save
-            if is_save or is_stopping:
-                with machine.together():
-                    if machine.rank == 0:
-                        self.folder.save(state_of(self), must=is_last or is_stopping)
+            is_stopping = self.evaluate_and_save()
             logged_at += time.monotonic() - paused_at  # the pause does not count as training
         loader.close()
-        machine.say(f"{'stopped' if is_stopping and not is_last else 'done'} at step {self.step}: {self.out_dir}")
+        machine.say(f"{'done' if self.is_done() else 'stopped'} at step {self.step}: {self.out_dir}")
 
 
 def main():

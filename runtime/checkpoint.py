@@ -12,7 +12,7 @@ from runtime.errors import fail, one_line
 
 PARTS = {
     "model": dict, "optimizers": list, "scaler": dict, "config": dict, "data": dict, "random_state": torch.Tensor,
-    "bad_steps": int, "step": int, "best_loss": float, "best_step": int,
+    "bad_steps": int, "step": int, "evaluated_step": int, "best_loss": float, "best_step": int,
 }  # fmt: skip
 
 
@@ -55,7 +55,7 @@ def save_checkpoint(out_dir: Path, state: dict):
 def save_weights(path: Path, model: torch.nn.Module, config: dict):
     """A checkpoint from before the first step, with weights and settings and nothing else in it: for --init_from."""
     state = {
-        "model": model.state_dict(), "config": config, "step": 0, "best_step": 0, "best_loss": math.inf, "bad_steps": 0,
+        "model": model.state_dict(), "config": config, "step": 0, "evaluated_step": 0, "best_step": 0, "best_loss": math.inf, "bad_steps": 0,
         "optimizers": [], "scaler": {}, "data": {}, "random_state": torch.get_rng_state(),
     }  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,6 +72,7 @@ def read_checkpoint(path: Path) -> dict:
         if isinstance(state.get("optimizer"), dict):  # as version 1 wrote it: one AdamW
             old = state.pop("optimizer")
             state["optimizers"] = [{"kind": "AdamW", **old}] if old else []
+        state.setdefault("evaluated_step", state.get("step"))  # older checkpoints were written after the evaluation
         if wrong := [name for name, kind in PARTS.items() if not isinstance(state.get(name), kind)]:
             raise ValueError(f"it lacks a proper {', '.join(wrong)}")
         if state["step"] < 0 or path in checkpoints(path.parent) and int(path.stem[5:]) != state["step"]:
@@ -130,6 +131,7 @@ def state_of(trainer) -> dict:
         "random_state": torch.get_rng_state(),
         "bad_steps": trainer.bad_steps,
         "step": trainer.step,
+        "evaluated_step": trainer.evaluated_step,
         "best_loss": trainer.best_loss,
         "best_step": trainer.best_step,
     }
@@ -147,7 +149,7 @@ def restore(trainer, path: Path, identity: tuple[str, ...]):
         torch.set_rng_state(state["random_state"])
     except Exception as error:  # whatever a damaged or foreign file can cause
         fail(f"cannot resume from {path}: {one_line(error)}")
-    for name in ("step", "bad_steps", "best_loss", "best_step"):
+    for name in ("step", "evaluated_step", "bad_steps", "best_loss", "best_step"):
         setattr(trainer, name, state[name])
     if changed:
         trainer.machine.say(f"changed since {path.name}: {'; '.join(changed)}")

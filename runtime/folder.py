@@ -11,6 +11,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import asdict
+from datetime import timedelta
 from itertools import count
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def open_out_dir(out_dir: Path, resume: str) -> str:
     has_run = earlier != {} or (out_dir / "metrics.jsonl").exists()
     if has_run and not is_ours and not checkpoints(out_dir):
         fail(f"{out_dir} holds a config.json or metrics.jsonl that is not a run's: choose another --out_dir")
-    lock(out_dir, "training into")
+    lock(out_dir, "training into", "out_dir")
     has_checkpoint = bool(checkpoints(out_dir))
     if has_checkpoint and not is_ours:
         print(f"{out_dir}/config.json is missing or damaged: writing it again", flush=True)
@@ -72,16 +73,17 @@ def open_out_dir(out_dir: Path, resume: str) -> str:
 held_locks = []  # open files: each lock lasts as long as this process
 
 
-def lock(folder: Path, doing: str):
-    """Makes the folder, for this process alone: two that write one run would lose both. Ends the program where another has it;
-    one that was killed may take some seconds to be gone. A folder in which nothing was written is removed at the end."""
+def lock(folder: Path, doing: str, setting: str):
+    """Makes the folder, the value of `setting`, for this process alone: two that write one run would lose both. Ends the
+    program where another has it; one that was killed may take some seconds to be gone. A folder in which nothing was written
+    is removed at the end."""
     if not folder.exists():
         atexit.register(remove_unused, folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         held_locks.append(open(folder / ".lock", "a"))
     except OSError as error:
-        fail(f"{folder} cannot be written: {error.strerror}; choose another folder")
+        fail(f"{setting}={folder} cannot be written: {error.strerror}; choose another --{setting}")
     for attempt in range(30):
         try:
             return fcntl.lockf(held_locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -89,7 +91,7 @@ def lock(folder: Path, doing: str):
             time.sleep(0.5)
         except OSError:
             return  # this file system has no locks
-    fail(f"another process is {doing} {folder}: wait for it, stop it, or choose another folder")
+    fail(f"another process is {doing} {folder}: wait for it, stop it, or choose another --{setting}")
 
 
 def remove_unused(folder: Path):
@@ -147,6 +149,23 @@ def read_metrics(folder: Path) -> list[dict]:
         with suppress(ValueError):
             lines.append(json.loads(text))
     return lines
+
+
+def log_line(values: dict, advice: str, seconds_left: float) -> str:
+    """A step's metrics for people; `advice` is on what the rounding costs."""
+    parts = [f"loss {values['loss']:.4f}"]
+    if values["tokens_per_second"]:
+        parts.append(f"{values['tokens_per_second']:,.0f} tokens/s")
+    if math.isfinite(values["mfu"]):
+        parts.append(f"MFU {values['mfu']:.1%}")
+    parts.append(f"‖μ‖ {values['mu_norm']:.3g} | mean logit {values['logit_mean']:.3g}")
+    if values["rounding_nats"] > 0.001:
+        parts.append(f"rounding costs {values['rounding_nats']:.3f} nats{advice}")
+    if values["bad_steps"]:
+        parts.append(f"{values['bad_steps']} bad steps")
+    if values["tokens_per_second"]:
+        parts.append(f"{timedelta(seconds=round(seconds_left))} left")
+    return " | ".join(parts)
 
 
 class Metrics:

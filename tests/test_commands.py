@@ -80,6 +80,7 @@ def test_a_sweep_is_done_whoever_listens(tmp_path):
     assert len(read_sweep(tmp_path / "out/sweep.csv")) == 2
 
 
+@pytest.mark.slow
 def test_two_sweeps_into_one_folder_lose_no_row(tmp_path):
     """The second waits for the first, or is refused; the same command then finds the rows and adds its own."""
     data = tiny_folder(tmp_path / "data")

@@ -72,6 +72,7 @@ def test_rounding_nats_is_within_half_of_what_is_measured(trained, mean_logit):
     assert drift.loss_of("centred, logits in bfloat16", hidden, drifted, targets, V) == pytest.approx(exact, abs=2e-3)
 
 
+@pytest.mark.slow
 def test_a_drifted_checkpoint_starts_a_run(trained, tmp_path):
     """By the command line; its first losses show what rounding costs, and the metric says so."""
     out = tmp_path / "drifted.pt"

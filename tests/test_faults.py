@@ -172,6 +172,7 @@ def test_a_signal_stops_all_processes_with_a_checkpoint(data, tmp_path, receiver
     assert read_checkpoint(sorted(out.glob("ckpt_*.pt"))[-1])["step"] == metrics_of(out)[-1]["step"]
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_replaced(data, tmp_path):
     """Two processes with restarts; what they end with is what an undisturbed pair ends with."""
     outs = [tmp_path / name for name in ("whole", "broken")]
@@ -185,6 +186,7 @@ def test_a_worker_that_dies_is_replaced(data, tmp_path):
     assert_same_run(*outs)
 
 
+@pytest.mark.slow
 def test_a_run_of_two_processes_goes_on_with_one_and_the_other_way_round(undisturbed, tmp_path):
     data, expected = undisturbed
     for first, second in ((2, 1), (1, 2)):

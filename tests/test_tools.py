@@ -106,6 +106,7 @@ def test_a_sweep_over_the_weights_of_a_method(data, tmp_path):
     assert float(rows[1]["mu_norm"]) < 0.5 * float(rows[0]["mu_norm"])  # a large λ holds μ near zero
 
 
+@pytest.mark.slow
 def test_a_sweep_is_killed_and_goes_on(data, tmp_path):
     """Two cells, one of them diverging: killed in the middle, gone on with, and nothing finished is run again."""
     out = tmp_path / "sweep"
@@ -257,6 +258,7 @@ def test_help(capsys, monkeypatch, name):
 # --- rescue
 
 
+@pytest.mark.slow
 def test_a_rescue_is_resumed_and_mends_a_drift(tmp_path_factory, tmp_path):
     """Two arms from a drift; the second call finds them there and adds a third."""
     folder = tmp_path_factory.mktemp("rescue")

@@ -291,7 +291,7 @@ def plain_sgd(model, config):
 
 @pytest.mark.parametrize(
     "settings",
-    ({}, {"oec": "mu_centering_step"}, {"oec": "mu_loss"}, {"dtype": "bfloat16", "compile": True}, {"optimizer": "muon"},
+    ({}, {"oec": "mu_centering_step"}, {"oec": "mu_loss"}, pytest.param({"dtype": "bfloat16", "compile": True}, marks=pytest.mark.slow), {"optimizer": "muon"},
      {"optimizer": "muon", "schedule": "wsd", "dtype": "float16"}, {"optimizer": "plain_sgd"}, {"fused_unembedding": False}),
     ids=str,
 )  # fmt: skip
@@ -344,6 +344,34 @@ def test_one_process_and_two_are_one_run(data, tmp_path):
         losses.append(np.array([x["loss"] for x in metrics_of(out)]))
     assert len(losses[0]) == 22
     assert np.abs(losses[0] - losses[1]).max() <= 1e-5
+
+
+@pytest.mark.parametrize("stopped_at", (4, 12))
+def test_a_stop_during_an_evaluation_does_not_wait_for_its_end(data, tmp_path, train_here, monkeypatch, stopped_at):
+    """The step is saved, no part of the evaluation is reported, and the resumed run makes up for it: bit for bit the same run."""
+    train_here(tiny_arguments(data, tmp_path / "whole"))
+    original = train.evaluate
+
+    def evaluate(model, val, config, machine, stop):
+        stop.is_received = len(metrics_of(tmp_path / "out")) == stopped_at + stopped_at // 4 - 1
+        passes.clear()
+        return original(model, val, config, machine, stop)
+
+    passes, average = [], train.average
+    monkeypatch.setattr(train, "average", lambda *arguments: passes.append(1) or average(*arguments))
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate", evaluate)
+        assert train_here(tiny_arguments(data, tmp_path / "out")).step == stopped_at and not passes
+    assert metrics_of(tmp_path / "out")[-1]["split"] == "train" and metrics_of(tmp_path / "out")[-1]["step"] == stopped_at
+    train_here(tiny_arguments(data, tmp_path / "out"))
+    assert metrics_of(tmp_path / "out") == metrics_of(tmp_path / "whole")
+    states = [read_checkpoint(tmp_path / name / "ckpt_0000012.pt") for name in ("whole", "out")]
+    for state in states:
+        del state["config"]["out_dir"]
+    assert_same_bits(*states)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    train_here(tiny_arguments(data, tmp_path / "out"))
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before  # nothing to do, nothing touched
 
 
 @pytest.mark.slow  # four processes, and compiling; test_model.py has the same on one

@@ -33,7 +33,7 @@ import oec
 from data.shards import Loader, open_dataset, samples_of_process, shard_header
 from model import METHODS
 from runtime.checkpoint import write_whole
-from runtime.errors import fail
+from runtime.errors import fail, say
 from runtime.machine import available_cores, start_machine
 from runtime.unembedding import unembedding_loss
 from tools.sweep import words_of
@@ -488,7 +488,7 @@ def main():
         write_data(folder, config)
         for part in options.parts:
             results[part] = globals()[f"{part}_part"](options, words, folder)
-            print(table(part, results[part]), flush=True)
+            say(table(part, results[part]))
             if options.json:
                 write_whole(options.json, json.dumps(results, indent=1).encode() + b"\n")
     except OSError as error:

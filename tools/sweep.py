@@ -109,7 +109,7 @@ def open_sweep(out: Path, config: TrainConfig) -> list[dict]:
         path = out / "sweep.json"
         if not path.exists() and out.exists() and any(file.name != ".lock" for file in out.iterdir()):
             fail(f"{out} is not empty and holds no sweep: choose another --out")
-        lock(out, "running a sweep in")
+        lock(out, "running a sweep in", "out")
         if not path.exists():
             write_whole(path, json.dumps(settings, indent=1).encode() + b"\n")
         earlier = asdict(TrainConfig()) | json.loads(path.read_text())  # settings that are newer than the folder

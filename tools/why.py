@@ -99,7 +99,7 @@ def rescue(options):
     check_can_drift(model, options.checkpoint)
     hidden, _ = hidden_of_run(model, config)
     table = options.out / "rescue.csv"
-    lock(options.out, "writing")
+    lock(options.out, "writing", "out")
     try:
         rows = list(csv.DictReader(io.StringIO(table.read_text()))) if table.exists() else []
     except OSError as error:
@@ -190,7 +190,7 @@ def natural(words: list[str]):
     options, settings = parser.parse_known_args(words)
     if unknown := [arm for arm in options.arms.split(",") if arm not in NATURAL_ARMS]:
         fail(f"there is no arm {unknown[0]!r} among {', '.join(NATURAL_ARMS)}")
-    lock(options.out, "writing")
+    lock(options.out, "writing", "out")
     rows = []
     for arm, seed in product(options.arms.split(","), options.seeds.split(",")):
         folder = options.out / f"{arm}-seed{seed}"
