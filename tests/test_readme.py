@@ -21,7 +21,7 @@ DOCS = {path: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
 TINY = "--block_size=32 --batch_size=4 --micro_batch_size=2 --max_steps=2 --warmup_steps=0 --eval_sequences=4"
 TINY = shlex.split(TINY + " --eval_interval=0 --device=cpu --dtype=float32 --compile=False")
 TORCHRUN = ("nproc_per_node", "local_addr", "rdzv_conf", "max")  # and --max-restarts
-OF_TOOLS = ("help", "source", "max_tokens", "tokenizer", "val_fraction", "text", "center")
+OF_TOOLS = ("help", "source", "max_tokens", "tokenizer", "val_fraction", "text", "center", "encoding", "undecodable")
 DOCUMENTS = [{"text": f"the number {i} comes before the number {i + 1}.\n" * 9} for i in range(900)]
 # Optional packages that a command needs; it is left out, and said so, where one is missing.
 NEEDS = {"tools.plot": "matplotlib", "export_hf": "transformers", "import_hf": "transformers", "weights.pt": "transformers"}
@@ -58,7 +58,7 @@ def small(words: list[str], project: Path) -> list[str]:
     programs = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
     words = [re.sub(r"--nproc_per_node=\d+", "--nproc_per_node=2", word) for word in programs[words[0]] + words[1:]]
     if "train.py" in words:
-        return words + (TINY if "config/quick.py" in words else on_tiny)
+        return words + (TINY if {"config/quick.py", "config/chars.py"} & set(words) else on_tiny)
     if "tools.sweep" in words:
         return words + ["--methods=baseline", "--learning_rates=1e-3", *on_tiny]
     if "tools.sample" in words:
@@ -67,7 +67,7 @@ def small(words: list[str], project: Path) -> list[str]:
         return words + ["--collect-only"]
     if "data/text/prepare.py" in words:
         words[words.index("FILES")] = "documents"
-        return words + ["--val_fraction=0.2", "--tokenizer=data/stdlib/vocabulary.tiktoken"]
+        return words + ["--val_fraction=0.2"] + ([] if "--tokenizer=bytes" in words else ["--tokenizer=data/stdlib/vocabulary.tiktoken"])
     if words[1].startswith("data/"):
         if "--from_shards" in words:
             words[words.index("DIR")] = "tiny"
