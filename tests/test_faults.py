@@ -4,6 +4,7 @@ import os
 import pickle
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import threading
@@ -213,6 +214,18 @@ def test_a_compile_cache_that_a_dying_machine_left_unfinished(data, tmp_path, mo
     assert refused.returncode == 2 and refused.stderr.strip().endswith("they are deleted: start again"), refused.stderr
     done = run_command(arguments)
     assert done.returncode == 0 and metrics_of(tmp_path / "out")[-1]["step"] == 12, done.stderr
+
+
+@pytest.mark.slow  # compiles until the disk is full
+def test_a_full_temporary_folder_while_compiling_is_one_line(data, tmp_path, small_disk, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(small_disk))
+    for room in (0, 200_000):
+        fill(small_disk)
+        os.truncate(small_disk / "ballast", (small_disk / "ballast").stat().st_size - room)
+        refused = run_command(tiny_arguments(data, tmp_path / "out", compile=True))
+        assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "TMPDIR" in refused.stderr, refused.stderr
+        for path in small_disk.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 # --- divergence

@@ -276,3 +276,18 @@ def test_impossible_models_are_refused_in_one_line(changes):
 def test_too_long_a_text_is_refused():
     with pytest.raises(ValueError, match="block_size"):
         make()(torch.zeros(1, 17, dtype=torch.int64))
+
+
+def test_a_model_made_on_the_meta_device_is_the_same_once_it_has_memory():
+    config = GPTConfig(vocab_size=300, block_size=16, n_layer=2, n_head=2, n_embd=32)
+    usual = GPT(config)
+    with torch.device("meta"):
+        model = GPT(config)
+    tokens = torch.zeros(2, 16, dtype=torch.long, device="meta")
+    assert model(tokens, tokens)[0].shape == () and model.num_parameters() == usual.num_parameters()
+    model.to_empty(device="cpu")
+    for made in (usual, model):
+        torch.manual_seed(0)
+        made.initialize()
+    tokens = torch.arange(16)[None]
+    assert torch.equal(model(tokens), usual(tokens))

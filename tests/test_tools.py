@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -66,6 +67,21 @@ def test_sample_refuses_what_is_no_model(run_folder, tmp_path, refusal):
     wrong_numbers = (["--tokens", -1], ["--top_k", -1], ["--temperature", "nan"], ["--temperature", 1e-40], ["--seed", 2**70])
     for arguments in ([tmp_path / "none"], [damaged], [alien], [run_folder.parent], *([run_folder, *words] for words in wrong_numbers)):
         refusal("sample", *arguments)
+
+
+def test_sample_asks_for_the_tokenizer_that_the_data_does_not_name(tmp_path, refusal, capsys, monkeypatch):
+    """nanoGPT's shakespeare_char has no meta.json: GPT-2's words would be ones that the model never saw."""
+    folder, out = tmp_path / "characters", tmp_path / "out"
+    folder.mkdir()
+    for name in ("train.bin", "val.bin"):
+        (folder / name).write_bytes((np.arange(2_000) % 90 + 33).astype(np.uint16).tobytes())
+    assert run_command(tiny_arguments(folder, out, vocab_size=257, max_steps=2, warmup_steps=1)).returncode == 0
+    assert "--tokenizer" in refusal("sample", out)
+    assert "does not name its tokenizer" in refusal("sample", out, "--prompt", "a")
+    assert "4096 tokens, the model 257" in refusal("sample", out, "--tokenizer", str(ROOT / "data/stdlib/vocabulary.tiktoken"))
+    monkeypatch.setattr(sys, "argv", ["sample", str(out), "--tokenizer", "bytes", "--prompt", "abc", "--tokens", "4"])
+    importlib.import_module("tools.sample").main()
+    assert capsys.readouterr().out.startswith("abc")
 
 
 # --- sweep
