@@ -15,10 +15,17 @@ from torch.autograd.forward_ad import unpack_dual
 
 from oec import UnembeddingLoss, _real_size, check_arguments, rounding_nats
 
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # it comes with PyTorch's CUDA builds
+    triton = None
+
 # A chunk of logits holds about this many numbers, and at least CHUNK_ROWS tokens: small beside the model (on a CPU,
 # inside its caches), large enough to keep the matrix units busy and additions into the weight gradient rare.
 CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**28}
 CHUNK_ROWS = 256
+LARGE_CAP = 1024  # above it, the form of tanh with σ would cancel
 
 REFUSAL = (
     "the lean unembedding_loss differentiates `loss`, once, and nothing else: detach its other entries, or use the plain "
@@ -84,6 +91,7 @@ def _unembedding(
     """
     wide = torch.promote_types(dtype, torch.float32)
     softmax_pass = _compiled_softmax_pass() if compiled else _softmax_pass
+    on_triton = _takes_triton(hidden.device) and wide == torch.float32 and cap <= LARGE_CAP
     (N, d), rows = hidden.shape, W.shape[0]
     chunk_rows = chunk_rows or choose_chunk_rows(N, rows, hidden.device.type)
     # The second guard: the first call after a compilation runs without the keys it leaves out, and would be compiled for itself.
@@ -93,21 +101,26 @@ def _unembedding(
         buffer = hidden.new_empty(min(chunk_rows, N), rows, dtype=stored)  # one chunk's logits, then their gradient
         statistics = hidden.new_empty(5, N, dtype=wide)
         grad_hidden = hidden_low.new_empty(N if needs_grad else 0, d)
-        grad_W = W.new_zeros(rows if needs_grad else 0, d, dtype=wide)
+        grad_W = W.new_empty(rows if needs_grad else 0, d, dtype=wide)
         for first in range(0, N, chunk_rows):
             chunk = slice(first, first + chunk_rows)
             h, target = hidden_low[chunk], targets[chunk]
             logits = _multiply(h, factor, out=buffer[: len(h)])
-            real = logits[:, :vocab_size]
-            if compiled:  # for any number of tokens, once
-                torch._dynamo.maybe_mark_dynamic(real, 0)
-                torch._dynamo.maybe_mark_dynamic(target, 0)
-            statistics[:, chunk] = softmax_pass(real, target, z_weight, cap, ignore_index, wide, needs_grad)
-            if needs_grad:
+            if on_triton:
+                _run_triton_kernel(logits, target, statistics[:, chunk], vocab_size, z_weight, cap, ignore_index, needs_grad)
+            else:
+                real = logits[:, :vocab_size]
+                if compiled:  # for any number of tokens, once
+                    torch._dynamo.maybe_mark_dynamic(real, 0)
+                    torch._dynamo.maybe_mark_dynamic(target, 0)
+                statistics[:, chunk] = softmax_pass(real, target, z_weight, cap, ignore_index, wide, needs_grad)
                 logits[:, vocab_size:] = 0
+            if needs_grad:
                 grad_logits = logits.to(dtype)
                 torch.mm(grad_logits, W_low, out=grad_hidden[chunk])
-                _add_product(grad_W, grad_logits.T, h)
+                _add_product(grad_W, grad_logits.T, h, is_first=first == 0)
+        if N == 0:
+            grad_W.zero_()
         loss, reported, inverse_count = _reduce(statistics, targets != ignore_index, z_weight, cap, stored)
     return loss, reported, grad_hidden, grad_W, inverse_count
 
@@ -123,12 +136,13 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     return torch.mm(a.to(b.dtype), b, out=out)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor):
-    """total += a @ b. A sum over tokens is not rounded to half precision, where it might overflow too."""
+def _add_product(total: Tensor, a: Tensor, b: Tensor, is_first: bool):
+    """total += a @ b, or total = a @ b. A sum over tokens is not rounded to half precision, where it might overflow too."""
+    beta = 0 if is_first else 1  # with 0, what stands in `total` is not read
     if a.is_cuda and a.dtype != total.dtype:
-        total.add_(torch.mm(a, b, out_dtype=total.dtype))
+        torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
     else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+        total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=beta)
 
 
 @_unembedding.register_fake
@@ -194,7 +208,7 @@ def _softmax_pass(logits, target, z_weight, cap, ignore_index, wide, needs_grad)
     def capped(raw):
         if not cap:
             return raw
-        if cap > 1024:  # where σ's form would cancel
+        if cap > LARGE_CAP:
             return cap * torch.tanh(raw / cap)
         return 2 * cap * torch.sigmoid(raw * (2 / cap)) - cap  # a third of tanh's time on a CPU
 
@@ -226,6 +240,77 @@ def _softmax_pass(logits, target, z_weight, cap, ignore_index, wide, needs_grad)
 @cache
 def _compiled_softmax_pass():
     return torch.compile(_softmax_pass, dynamic=False)
+
+
+# --- the same pass for CUDA ----------------------------------------------------------------------
+
+TRITON_BLOCK, TRITON_WARPS = 4096, 8  # 16 logits a thread at a time, in loads of 16 bytes
+
+
+def _takes_triton(device: torch.device) -> bool:
+    return triton is not None and device.type == "cuda"
+
+
+def _run_triton_kernel(logits, target, statistics, vocab_size, z_weight, cap, ignore_index, needs_grad):
+    """`_softmax_pass` of `logits` (rows, padded_vocab), contiguous, into `statistics` (5, rows); padding columns become 0."""
+    _triton_softmax_pass[(len(logits),)](
+        logits, target, statistics, statistics.stride(0), z_weight, ignore_index, V=vocab_size, WIDTH=logits.shape[1],
+        CAP=cap, NEEDS_GRAD=needs_grad, BLOCK=TRITON_BLOCK, num_warps=TRITON_WARPS,
+    )  # fmt: skip
+
+
+if triton:
+
+    @triton.jit
+    def _capped(raw, CAP: tl.constexpr):
+        return 2 * CAP * tl.sigmoid(raw * (2 / CAP)) - CAP if CAP > 0 else raw
+
+    @triton.jit
+    def _triton_softmax_pass(
+        logits, targets, statistics, stride, z_weight, ignore_index, V: tl.constexpr, WIDTH: tl.constexpr,
+        CAP: tl.constexpr, NEEDS_GRAD: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """One program a token, two passes over its logits: statistics, then the gradient in place."""
+        row = tl.program_id(0).to(tl.int64)
+        line, lanes = logits + row * WIDTH, tl.arange(0, BLOCK)
+        target = tl.load(targets + row).to(tl.int32)
+        is_counted = target != ignore_index
+        l_target = _capped(tl.load(line + tl.where(is_counted, target, 0)).to(tl.float32), CAP)
+        reference = _capped(tl.load(line).to(tl.float32), CAP)  # moments about it do not cancel when all logits drift together
+
+        highest, place = -float("inf"), line + lanes
+        total, lowest = tl.zeros([BLOCK], tl.float32), tl.full([BLOCK], float("inf"), tl.float32)
+        moment_1, moment_2 = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+        for start in range(0, WIDTH, BLOCK):
+            is_real = lanes < V - start
+            raw = tl.load(place, mask=lanes < WIDTH - start, other=0.0)  # a mask of V, an odd number, would make loads narrow
+            place += BLOCK
+            l = tl.where(is_real, _capped(raw.to(tl.float32), CAP), reference)  # in padding a logit that changes no statistic
+            before, highest = highest, tl.maximum(highest, tl.max(l))
+            total = total * tl.exp(before - highest) + tl.where(is_real, tl.exp(l - highest), 0.0)
+            lowest = tl.minimum(lowest, l)
+            moment_1 += l - reference
+            moment_2 += (l - reference) * (l - reference)
+        log_sum, mean = tl.log(tl.sum(total)), tl.sum(moment_1) / V
+        log_z = highest + log_sum
+        statistics += row
+        tl.store(statistics, log_z)
+        tl.store(statistics + stride, l_target)
+        tl.store(statistics + 2 * stride, reference + mean)
+        tl.store(statistics + 3 * stride, tl.sum(moment_2) / V - mean * mean)
+        tl.store(statistics + 4 * stride, tl.maximum(tl.abs(highest), tl.abs(tl.min(lowest))))
+
+        if NEEDS_GRAD:
+            factor, place = 1 + 2 * z_weight * log_z, line + lanes
+            for start in range(0, WIDTH, BLOCK):
+                raw = tl.load(place, mask=lanes < WIDTH - start, other=0.0)
+                l = _capped(raw.to(tl.float32), CAP)
+                grad = tl.exp(l - highest - log_sum) * factor - tl.where(lanes == target - start, 1.0, 0.0)
+                if CAP > 0:
+                    grad *= 1 - (l / CAP) * (l / CAP)
+                grad = tl.where((lanes < V - start) & is_counted, grad, 0.0)
+                tl.store(place, grad.to(logits.dtype.element_ty), mask=lanes < WIDTH - start)
+                place += BLOCK
 
 
 def _reduce(statistics, counted, z_weight, cap, stored):
