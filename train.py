@@ -29,6 +29,7 @@ from runtime.errors import diverged, end_cleanly, fail
 from runtime.folder import RunFolder, log_line, open_out_dir, run_name
 from runtime.machine import Machine, StopRequest, average, errors_for_people, start_machine
 from runtime.settings import check_settings, print_help, read_settings
+from runtime.sharding import shard, whole
 
 # --- settings ------------------------------------------------------------------------------------
 
@@ -76,6 +77,8 @@ class TrainConfig(GPTConfig):
     compile: bool = True  # torch.compile the model
     deterministic: bool = False  # the same bits on every run on a GPU, somewhat slower; a CPU gives them anyway
     seed: int = 1337  # of the initial weights and of the order of samples
+    shard: bool = False  # share out weights, gradients and moments over the processes (FSDP2), for a model that one cannot hold
+    shard_size: int = 0  # how many processes hold one copy of the model; 0: all
 
     # faults
     max_bad_steps: int = 20  # steps in a row with a non-finite loss or gradient before the run stops
@@ -154,7 +157,7 @@ def evaluate(model, val: TokenWindows, config: TrainConfig, machine: Machine, st
         tokens = torch.from_numpy(val.read(np.resize(batch, config.micro_batch_size))).to(machine.device)
         targets = tokens.clone()[:, 1:]  # strides as in training, or it would be compiled again
         targets[len(batch) :] = -1  # a short last batch keeps its shape, so nothing is compiled for it
-        with torch.set_grad_enabled(config.compile), machine.autocast():
+        with torch.set_grad_enabled(config.compile and not config.shard), machine.autocast():
             passes.append((weight, model(tokens[:, :-1], targets)[1]))
     return {name: value.item() for name, value in average(passes, METRICS, machine).items()}
 
@@ -163,12 +166,12 @@ def evaluate(model, val: TokenWindows, config: TrainConfig, machine: Machine, st
 def mu_metrics(model: GPT, dtype: torch.dtype) -> dict[str, float]:
     """Of the output embeddings as the logits see them: ‖μ‖, its ratio to mean ‖e_i‖, that mean, ‖μ‖ as stored, and what their
     cast to `dtype` costs (nats): Σ_k h_k² spacing(e_ik)² / 24, with the last norm's gain for h's root mean square."""
-    V, W = model.config.vocab_size, model.output_embedding()
+    V, W, gain = model.config.vocab_size, whole(model.output_embedding()), whole(model.final_norm.weight)
     if model.config.logits_dtype == "float32" and not model.config.fused_unembedding:
         dtype = torch.float32  # the plain loss computes the whole product in it
     mu_norm = oec.mean_embedding(W, V).norm()
     mean_norm = W[:V].norm(dim=1).mean()
-    cast_nats = (model.final_norm.weight.square() * oec.rounding_nats(W[:V], dtype).mean(dim=0)).sum()
+    cast_nats = (gain.square() * oec.rounding_nats(W[:V], dtype).mean(dim=0)).sum()
     values = mu_norm, mu_norm / mean_norm, mean_norm, oec.mean_embedding(model.unembedding.weight, V).norm(), cast_nats
     return dict(zip(("mu_norm", "mu_ratio", "mean_norm", "stored_mu_norm", "cast_nats"), torch.stack(values).tolist()))
 
@@ -197,7 +200,8 @@ class Trainer:
         self.stop = StopRequest(machine)  # until here, a signal ends the program at once
 
         torch.manual_seed(config.seed)
-        self.model = GPT(config).to(machine.device)  # the parameters: saved, counted, sampled from
+        self.model = GPT(config)  # the parameters: saved, counted, sampled from
+        self.model = shard(self.model, config, machine) if config.shard else self.model.to(machine.device)
         self.optimizers = make_optimizers(self.model, config)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -215,8 +219,8 @@ class Trainer:
                 self.folder = RunFolder(self.out_dir, config, self.step, damaged)
         # The same parameters twice more: run by compiled code, and with gradients averaged over the processes.
         self.compiled = torch.compile(self.model) if config.compile else self.model
-        is_parallel = machine.world_size > 1
-        self.parallel = DistributedDataParallel(self.compiled, broadcast_buffers=False) if is_parallel else self.compiled
+        is_copied = machine.world_size > 1 and not config.shard
+        self.parallel = DistributedDataParallel(self.compiled, broadcast_buffers=False) if is_copied else self.compiled
 
     def update(self, batches) -> dict[str, Tensor]:
         """One step: this process's share of the batch forward and backward, then the optimizers. The averaged metrics."""
@@ -227,7 +231,9 @@ class Trainer:
             tokens, targets = next(batches)  # (micro_batch_size, block_size) each
             # Gradients are averaged over the processes once a step, during the last backward pass.
             accumulates = machine.world_size > 1 and i < n_passes - 1
-            with self.parallel.no_sync() if accumulates else nullcontext():
+            if config.shard:
+                self.model.set_requires_gradient_sync(not accumulates)
+            with self.parallel.no_sync() if accumulates and not config.shard else nullcontext():
                 with machine.autocast():
                     loss, metrics = self.parallel(tokens, targets)
                 self.scaler.scale(loss / n_passes).backward()
@@ -236,7 +242,7 @@ class Trainer:
 
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
+        grad_norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf))
         metrics["grad_norm"] = grad_norm.double()
         # bool() waits for the device: once a step. One process's NaN keeps all of them from the step.
         is_bad = machine.any(not bool(metrics["loss"].isfinite() & grad_norm.isfinite()))
@@ -299,9 +305,10 @@ class Trainer:
             self.evaluated_step = self.step
         is_stopping = self.stop.agreed()
         if is_save or is_stopping:
+            state = state_of(self)  # by all processes: of a sharded model each has a part
             with machine.together():
                 if machine.rank == 0:
-                    self.folder.save(state_of(self), must=is_last or is_stopping)
+                    self.folder.save(state, must=is_last or is_stopping)
         return is_stopping
 
     def run(self):

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from runtime.errors import fail, one_line
+from runtime.sharding import gathered, shared_out_like
 
 PARTS = {
     "model": dict, "optimizers": list, "scaler": dict, "config": dict, "data": dict, "random_state": torch.Tensor,
@@ -115,16 +116,23 @@ def load_weights(model: torch.nn.Module, path: Path, config: dict, architecture:
         pairs = [(name, state["config"].get(name), config[name]) for name in architecture]
         if other := [f"{name}={its}, here {ours}" for name, its, ours in pairs if its != ours]:
             raise ValueError(f"it has {'; '.join(other)}")
-        model.load_state_dict(state["model"])
+        load_model_state(model, state["model"])
     except Exception as error:  # whatever a damaged or foreign file can cause
         fail(f"cannot start from init_from={path}: {one_line(error)}")
 
 
+def load_model_state(model: torch.nn.Module, state: dict):
+    """Whole weights, into a model that may be sharded."""
+    own = model.state_dict()
+    model.load_state_dict({name: shared_out_like(value, own[name]) if name in own else value for name, value in state.items()})
+
+
 def state_of(trainer) -> dict:
-    """What a checkpoint of a run holds. `restore` reads it."""
+    """What a checkpoint of a run holds. `restore` reads it. All processes take part, and process 0 has it whole."""
+    keep = trainer.machine.rank == 0
     return {
-        "model": trainer.model.state_dict(),
-        "optimizers": [{"kind": type(x).__name__, **x.state_dict()} for x in trainer.optimizers],
+        "model": gathered(trainer.model.state_dict(), keep),
+        "optimizers": [{"kind": type(x).__name__, **gathered(x.state_dict(), keep)} for x in trainer.optimizers],
         "scaler": trainer.scaler.state_dict(),
         "config": asdict(trainer.config),
         "data": trainer.fingerprint,
@@ -142,7 +150,7 @@ def restore(trainer, path: Path, identity: tuple[str, ...]):
     try:
         state = read_checkpoint(path)
         changed = check_same_run(state, asdict(trainer.config), identity, trainer.fingerprint)
-        trainer.model.load_state_dict(state["model"])
+        load_model_state(trainer.model, state["model"])
         restore_optimizers(trainer.optimizers, state["optimizers"])
         if trainer.scaler.is_enabled() and state["scaler"]:
             trainer.scaler.load_state_dict(state["scaler"])
@@ -169,7 +177,9 @@ def restore_optimizers(optimizers: list[torch.optim.Optimizer], saved: list[dict
         sizes, saved_sizes = ([len(group["params"]) for group in x] for x in (groups, packed["param_groups"]))
         if sizes != saved_sizes:
             raise ValueError(f"{type(optimizer).__name__} has groups of {sizes} parameters and its saved state {saved_sizes}")
-        optimizer.load_state_dict({"state": packed["state"], "param_groups": groups})
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        state = {i: {name: shared_out_like(x, parameters[i]) for name, x in values.items()} for i, values in packed["state"].items()}
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
         for parameter, state in optimizer.state.items():
             for name, value in state.items():
                 if isinstance(value, torch.Tensor) and not fits(value.shape, parameter.shape):

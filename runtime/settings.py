@@ -112,7 +112,17 @@ def check_settings(config):
     for package, is_wanted in {"tensorboard": config.tensorboard, "wandb": config.wandb_project}.items():
         if is_wanted and getattr(find_spec(package), "origin", None) is None:  # a mere folder of that name has none
             fail(f"{package} is not installed: pip install {package}, or leave its setting out")
-    together = config.micro_batch_size * int(os.environ.get("WORLD_SIZE", 1))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if config.shard and (world_size == 1 or config.shard_size == 1 or world_size % (config.shard_size or 1)):
+        fail(
+            f"shard=True shares a model out over processes: {world_size} of them, with shard_size={config.shard_size}, is not "
+            "possible. Start several with torchrun, and let shard_size be 0 or a divisor of their number above 1"
+        )
+    if config.shard and config.optimizer == "muon":
+        fail("optimizer=muon orthogonalises whole matrices, and shard=True has parts of them: use optimizer=adamw, or shard=False")
+    if config.shard_size and not config.shard:
+        fail(f"shard_size={config.shard_size} needs shard=True")
+    together = config.micro_batch_size * world_size
     if config.batch_size % together:
         fail(
             f"batch_size={config.batch_size} must be divisible by {together}, micro_batch_size={config.micro_batch_size} "

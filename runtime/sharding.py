@@ -1,0 +1,62 @@
+"""`--shard=True`: weights, gradients and optimizer states shared out over the processes, by PyTorch's FSDP2.
+
+Each process keeps its rows of every tensor (a DTensor). FSDP2 gathers a weight when a pass needs it and adds up its gradient
+over the processes. See docs/several_machines.md.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+def shard(model: nn.Module, config, machine) -> nn.Module:
+    """`model` (on the CPU, the same on all processes), shared out over the devices, in place.
+
+    The attention and the MLP of a block are gathered in the dtype of the matrix products; gradients are added up in float32.
+    All else (embedding, norms, unembedding) stays in float32, since μ must be subtracted before W is cast. It is gathered once in
+    a forward and backward pass. `shard_size` processes hold one copy of the model (0: all of them).
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    size = config.shard_size or machine.world_size
+    if size == machine.world_size:
+        mesh = init_device_mesh(machine.device.type, (size,), mesh_dim_names=("shard",))
+    else:
+        mesh = init_device_mesh(machine.device.type, (machine.world_size // size, size), mesh_dim_names=("replicate", "shard"))
+    low = None if machine.dtype == torch.float32 else machine.dtype
+    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in model.blocks:
+        fully_shard(block.attention, mesh=mesh, mp_policy=policy)
+        fully_shard(block.mlp, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh, reshard_after_forward=False)
+
+
+def is_sharded(value) -> bool:
+    return hasattr(value, "full_tensor")  # a DTensor, without the seconds that importing the class takes
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor as it was before it was shared out, on every process; all of them must ask for it."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def gathered(tree, keep: bool):
+    """A tree of dicts and lists whose sharded tensors are whole, on the CPU of the processes that `keep` them. All must ask.
+    One tensor at a time, so that no device holds more than one of them. Other values are passed on."""
+    if isinstance(tree, dict):
+        return {key: gathered(value, keep) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(gathered(value, keep) for value in tree)
+    if not is_sharded(tree):
+        return tree
+    full = tree.full_tensor()
+    return full.cpu() if keep else None
+
+
+def shared_out_like(value, parameter: Tensor):
+    """This process's part of a whole tensor of the shape of a sharded `parameter`; anything else as it is."""
+    if not is_sharded(parameter) or not isinstance(value, Tensor) or value.shape != parameter.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)  # all have read the file
