@@ -144,10 +144,8 @@ def unembedding_loss(
 def check_arguments(hidden: Tensor, W: Tensor, targets: Tensor, z_loss_weight: float, soft_cap: float):
     """ValueError, one line, for arguments of `unembedding_loss` that do not fit together."""
     if hidden.ndim != 2 or W.ndim != 2 or hidden.shape[1] != W.shape[1] or targets.shape != hidden.shape[:1]:
-        raise ValueError(
-            "unembedding_loss takes hidden (N, d), W (padded_vocab, d) and targets (N,), not "
-            f"{tuple(hidden.shape)}, {tuple(W.shape)} and {tuple(targets.shape)}"
-        )
+        shapes = ", ".join(str(tuple(x.shape)) for x in (hidden, W, targets))
+        raise ValueError(f"unembedding_loss takes hidden (N, d), W (padded_vocab, d) and targets (N,), not {shapes}")
     if z_loss_weight < 0 or soft_cap < 0:
         raise ValueError("z_loss_weight and soft_cap must not be negative")
 

@@ -2,7 +2,6 @@
 
     torchrun train.py config/oec.py                                 the main job, one process
     torchrun --nproc_per_node=8 train.py config/oec.py              the same run on eight GPUs
-    torchrun train.py config/paper_16m.py config/mu_loss.py --learning_rate=0.03
 
 From top to bottom: settings, optimizers, the schedule, evaluation, the step, the loop.
 """
@@ -22,11 +21,11 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import oec
-from data.shards import Loader, TokenWindows, dataset_folder, open_dataset, permute, samples_of_process
+from data.shards import Loader, TokenWindows, dataset_folder, open_dataset, permute, prepare_built_in, samples_of_process
 from model import ARCHITECTURE, GPT, METHODS, METRICS, WEIGHTS, GPTConfig, check_model_config
 from runtime.checkpoint import find_checkpoint, load_weights, restore, state_of
 from runtime.errors import diverged, end_cleanly, fail
-from runtime.folder import RunFolder, log_line, open_out_dir, run_name
+from runtime.folder import RunFolder, first_line, log_line, open_out_dir, run_name
 from runtime.machine import Machine, StopRequest, average, errors_for_people, start_machine
 from runtime.settings import check_settings, print_help, read_settings
 from runtime.sharding import shard, whole
@@ -141,11 +140,8 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def evaluate(model, val: TokenWindows, config: TrainConfig, machine: Machine, stop: StopRequest) -> dict[str, float]:
-    """Averages over the same validation windows each time; {} where a request to stop cuts it short. The processes share out
-    the batches, and all make the same number of passes.
-
-    Compiled, gradients stay enabled: without them it is another graph, and compiling that takes longer than idle gradients.
-    """
+    """Averages over the same validation windows each time; {} if a request to stop cuts it short. Compiled, gradients stay
+    enabled: without them it is another graph, and compiling that takes longer than idle gradients."""
     windows = permute(np.arange(min(config.eval_sequences, len(val))), len(val), key=0)
     batches = [windows[at : at + config.micro_batch_size] for at in range(0, len(windows), config.micro_batch_size)]
     mine = [(len(batch), batch) for batch in batches[machine.rank :: machine.world_size]]
@@ -187,10 +183,8 @@ class Trainer:
         self.out_dir, path, damaged = Path(config.out_dir or f"out/{run_name(config, METHODS, WEIGHTS)}"), None, {}
         folder = dataset_folder(config.dataset, config.data_dir)
         with machine.together():
-            if machine.rank == 0 and config.dataset == "stdlib" and not config.data_dir and not (folder / "meta.json").exists():
-                from data.stdlib.prepare import main as prepare_stdlib  # here, since it needs tiktoken
-
-                prepare_stdlib()
+            if machine.rank == 0:
+                prepare_built_in(folder)
         self.train_data, self.val_data = open_dataset(folder, config.block_size, config.vocab_size)
         self.fingerprint = {"train": self.train_data.fingerprint(), "val": self.val_data.fingerprint()}
         with machine.together():
@@ -315,11 +309,7 @@ class Trainer:
         config, machine = self.config, self.machine
         if self.is_done():
             return machine.say(f"{self.out_dir} has its {config.max_steps} steps already: nothing to do")
-        machine.say(
-            f"{self.model.num_parameters():,} parameters, {len(self.train_data) * config.block_size:,} tokens of data, "
-            f"{config.batch_size * config.block_size:,} in a step; {machine.world_size} × {machine.device.type}, "
-            f"{str(machine.dtype).removeprefix('torch.')}; {self.out_dir}" + ("; compiling" if config.compile else "")
-        )
+        machine.say(first_line(self))
         samples = samples_of_process(self.step, config.max_steps, config.batch_size, config.micro_batch_size, machine.rank, machine.world_size)
         loader = Loader(self.train_data, samples, config.seed, machine.device)
         batches = iter(loader)

@@ -157,6 +157,14 @@ def dataset_folder(dataset: str, data_dir: str) -> Path:
     return Path(data_dir) if data_dir else Path(__file__).resolve().parent / dataset
 
 
+def prepare_built_in(folder: Path):
+    """Prepares data/stdlib where it is asked for and not there yet."""
+    if folder == dataset_folder("stdlib", "") and not (folder / "meta.json").exists():
+        from data.stdlib.prepare import main as prepare_stdlib  # here, since it needs tiktoken
+
+        prepare_stdlib()
+
+
 def open_dataset(folder: Path, block_size: int, vocab_size: int) -> tuple[TokenWindows, TokenWindows]:
     """The train and val windows of a folder of shards, checked against its `meta.json` where it has one."""
     if not os.path.isdir(folder):

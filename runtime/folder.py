@@ -151,6 +151,16 @@ def read_metrics(folder: Path) -> list[dict]:
     return lines
 
 
+def first_line(trainer) -> str:
+    """What a run is, when it starts."""
+    config, machine = trainer.config, trainer.machine
+    return (
+        f"{trainer.model.num_parameters():,} parameters, {len(trainer.train_data) * config.block_size:,} tokens of data, "
+        f"{config.batch_size * config.block_size:,} in a step; {machine.world_size} × {machine.device.type}, "
+        f"{str(machine.dtype).removeprefix('torch.')}; {trainer.out_dir}" + ("; compiling" if config.compile else "")
+    )
+
+
 def log_line(values: dict, advice: str, seconds_left: float) -> str:
     """A step's metrics for people; `advice` is on what the rounding costs."""
     parts = [f"loss {values['loss']:.4f}"]

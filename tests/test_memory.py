@@ -98,3 +98,12 @@ def test_a_table_of_the_configs(monkeypatch, capsys):
     for words, says in ((["--n_layer=3"], "at least one"), (["none.py"], "none.py"), (["config/gpt2_124m.py", "--n_layr=3"], "n_layer")):
         monkeypatch.setattr(sys, "argv", ["memory", *words])
         assert says in fails_in_one_line(capsys, memory.main)
+
+
+def test_a_sharded_model_needs_its_part(monkeypatch):
+    """16 bytes a parameter over the processes, and what is gathered: as tests/test_sharding.py measures."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    words = ["--n_embd=1024", "--n_head=16", "--n_layer=24", "--micro_batch_size=1", "--batch_size=4", "--block_size=8", "--vocab_size=4096"]
+    copied, sharded = (memory.step_bytes(load_config([*words, f"--shard={shard}"]), "cuda", 2, 4) for shard in (False, True))
+    parameters, _ = memory.parameter_counts(vocab_size=4096, n_layer=24, n_head=16, n_embd=1024, tie_weights=False)
+    assert copied > 16 * parameters and 4 * parameters < sharded < 0.35 * copied

@@ -1,20 +1,34 @@
 #!/bin/bash
-# On one CUDA GPU, under 8 minutes: everything marked gpu, then the speed tables, beside the peers that are given.
+# On one CUDA GPU, in two calls of under 8 minutes each: what is marked gpu, and the speed tables beside the peers that are given.
+# All of it runs whatever fails; the exit status is the worst one.
 #
-#     tools/gpu_check.sh [FOLDER OF nanoGPT] [nanoGPT FOLDER OF THE PAPER'S CODE]
-set -euo pipefail
+#     tools/gpu_check.sh tests
+#     tools/gpu_check.sh tables FOLDER_FOR_JSON [FOLDER OF nanoGPT] [FOLDER OF THE PAPER'S CODE]
+set -uo pipefail
 cd "$(dirname "$0")/.."
-python -c 'import torch, sys; sys.exit(0 if torch.cuda.is_available() else "gpu_check: PyTorch finds no CUDA GPU here")'
-nanogpt=${1:+--peer nanogpt=$1}
-paper=${2:+--peer oec=$2}
-stamp=$(date +%Y%m%d-%H%M%S)
-python -m pytest -m gpu -rs
-quick="--rounds 5 --seconds 1"
-python -m tools.bench config/gpt2_124m.py --micro_batch_size=16 --batch_size=16 $nanogpt $quick \
-  --parts step,head,loader --json "results/gpu-124m-$stamp.json"
-python -m tools.bench config/paper_109m.py --micro_batch_size=24 --batch_size=24 $paper $quick \
-  --parts step --methods baseline,mu_centering --json "results/gpu-109m-$stamp.json"
-python -m tools.bench config/gpt2_124m.py --micro_batch_size=32 --batch_size=32 $quick --parts step --methods mu_centering \
-  --variant "124M, 64"="config/oec.py --micro_batch_size=64 --batch_size=64" \
-  --variant "350M, 16"="config/oec.py --n_layer=24 --n_head=16 --n_embd=1024 --micro_batch_size=16 --batch_size=16" \
-  --json "results/gpu-mfu-$stamp.json"
+python=$(command -v python || command -v python3) || { echo "gpu_check: there is no python" >&2; exit 2; }
+"$python" -c 'import torch; assert torch.cuda.is_available()' 2> /dev/null ||
+  { echo "gpu_check: $python has no PyTorch that finds a CUDA GPU" >&2; exit 2; }
+worst=0
+run() { "$python" -m "$@" || { status=$?; [ $status -gt $worst ] && worst=$status; }; }
+case ${1-} in
+  tests)
+    run pytest -m gpu -rs ;;
+  tables)
+    out=${2:?gpu_check: name a folder for the JSON files}
+    mkdir -p "$out" || exit 2
+    nanogpt=${3:+--peer nanogpt=$3}
+    paper=${4:+--peer oec=$4}
+    quick="--rounds 5 --seconds 1"
+    run tools.bench config/gpt2_124m.py --micro_batch_size=16 --batch_size=16 $nanogpt $quick \
+      --parts step,head,loader --json "$out/gpu-124m.json"
+    run tools.bench config/paper_109m.py --micro_batch_size=24 --batch_size=24 $paper $quick \
+      --parts step --methods baseline,mu_centering --json "$out/gpu-109m.json"
+    run tools.bench config/gpt2_124m.py --micro_batch_size=32 --batch_size=32 $quick --parts step --methods mu_centering \
+      --variant "124M, 64"="config/oec.py --micro_batch_size=64 --batch_size=64" \
+      --variant "350M, 16"="config/oec.py --n_layer=24 --n_head=16 --n_embd=1024 --micro_batch_size=16 --batch_size=16" \
+      --json "$out/gpu-mfu.json" ;;
+  *)
+    echo "gpu_check: say tests, or tables FOLDER" >&2; exit 2 ;;
+esac
+exit $worst

@@ -10,6 +10,7 @@ the process. tests/test_memory.py compares the prediction with measured steps on
 """
 
 import argparse
+import os
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -56,8 +57,11 @@ def step_bytes(config: TrainConfig, device: str, low: int, processes: int = 1) -
     matrix = 4 * rows * d  # the unembedding's, in float32
     accumulates = config.batch_size > config.micro_batch_size * processes
     # Weights and AdamW's two moments; gradients that earlier passes have left; low-precision copies of the blocks' weights.
-    always = 12 * parameters + (4 * parameters if accumulates else 0)
+    share = (config.shard_size or processes) if config.shard else 1
+    always = 12 * parameters / share + (4 * parameters if accumulates else 0)
     copies = low * config.n_layer * block if low < 4 else 0
+    if share > 1:  # what lies outside the blocks is gathered, and two blocks at a time
+        copies = 2 * low * block + 4 * (parameters - config.n_layer * block)
 
     one_block = activation_bytes(config, low) * tokens
     kept = 4 * d * tokens if config.activation_checkpointing else one_block
@@ -74,14 +78,14 @@ def step_bytes(config: TrainConfig, device: str, low: int, processes: int = 1) -
         always + copies + activations + low * d * tokens + matrix + centred + low_matrices + chunk,  # the loss is computed
         always + copies + activations + low * d * tokens + 2 * matrix + 2 * centred,  # its gradient is scaled
         always + copies + activations + matrix + again + in_block,  # the last block's backward pass
-        16 * parameters + kept + again + in_block,  # the first block's: all gradients are there
+        16 * parameters / share + (copies if share > 1 else 0) + kept + again + in_block,  # the first block's: all gradients are there
     )
     return max(moments)
 
 
-def largest_micro_batch(config: TrainConfig, capacity: float, device: str, low: int) -> int:
+def largest_micro_batch(config: TrainConfig, capacity: float, device: str, low: int, processes: int = 1) -> int:
     """The most sequences that fit; 0 where not even one does. The step is taken to accumulate gradients."""
-    fits = lambda n: step_bytes(replace(config, micro_batch_size=n, batch_size=2 * n), device, low) <= capacity
+    fits = lambda n: step_bytes(replace(config, micro_batch_size=n, batch_size=2 * n * processes), device, low, processes) <= capacity
     most = 1
     while fits(most):
         most *= 2
@@ -95,9 +99,13 @@ def largest_micro_batch(config: TrainConfig, capacity: float, device: str, low: 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("files", nargs="*", type=Path, metavar="CONFIG.py", help="a row each, and one with checkpointing on")
+    parser.add_argument("--processes", type=int, default=1, help="over which --shard=True shares a model out (default: %(default)s)")
     options, settings = parser.parse_known_args()
     if not options.files:
         fail("name at least one config file, like config/gpt2_124m.py")
+    if options.processes < 1:
+        fail(f"--processes={options.processes} must be at least 1")
+    os.environ["WORLD_SIZE"] = str(options.processes)  # as torchrun says it
     configs = [(file.stem, load_config([str(file), *settings])) for file in options.files]
     header = ["", "activation checkpointing", "MB a sequence", *(f"sequences in {card} GB" for card in CARDS)]
     print("| " + " | ".join(header) + " |\n" + "| --- " * len(header) + "|")
@@ -105,8 +113,9 @@ def main():
         low = 4 if config.dtype == "float32" else 2
         for is_on in sorted({config.activation_checkpointing, True}):
             config = replace(config, activation_checkpointing=is_on)
-            few, many = (step_bytes(replace(config, micro_batch_size=n, batch_size=2 * n), "cuda", low) for n in (32, 64))
-            sizes = [largest_micro_batch(config, 0.9e9 * card, "cuda", low) for card in CARDS]
+            n_all = 2 * options.processes
+            few, many = (step_bytes(replace(config, micro_batch_size=n, batch_size=n_all * n), "cuda", low, options.processes) for n in (32, 64))
+            sizes = [largest_micro_batch(config, 0.9e9 * card, "cuda", low, options.processes) for card in CARDS]
             cells = [name, "on" if is_on else "off", f"{(many - few) / 32e6:,.0f}", *map(str, sizes)]
             print("| " + " | ".join(cells) + " |", flush=True)
 
