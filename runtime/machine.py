@@ -263,7 +263,8 @@ def errors_for_people():
             fail(f"the disk of TMPDIR, {folder}, is full ({one_line(error)}): make room, or set TMPDIR to a folder on another disk")
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
             raise
-        fail(f"the memory is full: lower --micro_batch_size or the model's size. {one_line(error)}")
+        needs = "with --shard=True, process 0 needs 12 bytes a parameter of host memory for a checkpoint"
+        fail(f"the memory is full: lower --micro_batch_size or the model's size ({needs}). {one_line(error)}")
 
 
 def remove_unfinished(problem: str) -> bool:
