@@ -61,7 +61,7 @@ class GPTConfig:
     z_loss_weight: float = 0.0  # λ of mean (log Z)²; 0 is off
     logit_softcap: float = 0.0  # c of c·tanh(logit/c); 0 is off
     fused_unembedding: bool = True  # the lean loss; False: the plain one of oec.py, whose every entry can be differentiated
-    logits_dtype: Literal["auto", "float32"] = "auto"  # auto: that of the matrix products; float32: as they leave the accumulators
+    logits_dtype: Literal["auto", "float32"] = "auto"  # auto: that of the matrix products; float32: not rounded to it
 
     @property
     def padded_vocab_size(self) -> int:
@@ -154,7 +154,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def initialize(self):
-        """All initialisation, as in the paper's recipe. A model that was made on the meta device takes it after `to_empty`.
+        """All initialisation, as in the paper's recipe. Call it after `to_empty` on a model made on the meta device.
 
         weight                          distribution
         ------------------------------  ------------------------------------------------

@@ -114,7 +114,7 @@ def unembedding_loss(
 
     hidden (N, d), W (padded_vocab, d), targets (N,) int64; tokens whose target is `ignore_index` do not count, and
     without any counted token the loss is 0. The logits are computed in autocast's dtype, all else in at least float32.
-    Every entry can be differentiated, any number of times. It holds all N × V logits;
+    Every entry but `rounding_nats` can be differentiated, any number of times. It holds all N × V logits;
     `runtime/unembedding.py` computes the same in little memory. Raises ValueError for shapes that do not fit.
     """
     check_arguments(hidden, W, targets, z_loss_weight, soft_cap)

@@ -105,7 +105,7 @@ def load_config(argv: list[str]) -> TrainConfig:
 
 
 def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """Fused AdamW: matrices and embeddings decay, the norms' weights do not. With Muon, it has the blocks' matrices.
+    """Fused AdamW: matrices and embeddings decay, the norms' weights do not. With `muon`, Muon updates the blocks' matrices.
 
     Any optimizers will do, fused or not. Each group's `lr` is its peak; the schedule is one factor for all.
     """
@@ -238,7 +238,7 @@ class Trainer:
             self.scaler.unscale_(optimizer)
         grad_norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf))
         metrics["grad_norm"] = grad_norm.double()
-        # bool() waits for the device: once a step. One process's NaN keeps all of them from the step.
+        # bool() waits for the device: once a step. If one process has a NaN, all skip the step.
         is_bad = machine.any(not bool(metrics["loss"].isfinite() & grad_norm.isfinite()))
         if is_bad:
             self.bad_steps, self.bad_in_row = self.bad_steps + 1, self.bad_in_row + 1

@@ -36,12 +36,12 @@ def is_sharded(value) -> bool:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor as it was before it was shared out, on every process; all of them must ask for it."""
+    """The whole of a sharded tensor, on every process. Every process must call it."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def gathered(tree, keep: bool):
-    """A tree of dicts and lists whose sharded tensors are whole, on the CPU of the processes that `keep` them. All must ask.
+    """A tree of dicts and lists whose sharded tensors are whole, on the CPU of the processes that `keep` them. Every process must call it.
     One tensor at a time, so that no device holds more than one of them. Other values are passed on."""
     if isinstance(tree, dict):
         return {key: gathered(value, keep) for key, value in tree.items()}
