@@ -210,7 +210,7 @@ class Trainer:
             machine.say(f"starting with the weights of {config.init_from}")
         with machine.together():
             if machine.rank == 0 and not self.is_done():
-                self.folder = RunFolder(self.out_dir, config, self.step, damaged)
+                self.folder = RunFolder(self.out_dir, config, self.step, self.evaluated_step, damaged)
         # The same parameters twice more: run by compiled code, and with gradients averaged over the processes.
         self.compiled = torch.compile(self.model) if config.compile else self.model
         is_copied = machine.world_size > 1 and not config.shard
@@ -346,7 +346,7 @@ def main():
     end_cleanly()
     config = load_config(sys.argv[1:])
     machine = start_machine(config)
-    with errors_for_people():
+    with errors_for_people(config.shard):
         Trainer(config, machine).run()
     if machine.world_size > 1:
         dist.destroy_process_group()

@@ -3,34 +3,46 @@
 import atexit
 import math
 import os
+import select
 import sys
 
 
 def end_cleanly():
     """Makes a command end like a command: Ctrl-C in one line, a closed pipe (`| head -1`) in silence, and characters that the
     terminal does not have are escaped. To be called first."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None where they are closed
         stream.reconfigure(errors="backslashreplace")
     sys.excepthook = _end
     atexit.register(_flush)
 
 
 def _end(kind: type, error: BaseException, trace):
+    if issubclass(kind, BrokenPipeError) and _nobody_listens():  # not a pipe of the program's own
+        os._exit(141)  # as shells count the signal
     cause = error
-    while cause and not isinstance(cause, (KeyboardInterrupt, BrokenPipeError)):
+    while cause and not isinstance(cause, KeyboardInterrupt):
         cause = cause.__cause__ or cause.__context__  # what an interrupted import makes of it
     if cause is None:
         return sys.__excepthook__(kind, error, trace)
-    if isinstance(cause, KeyboardInterrupt):
-        os.write(2, b"nanoOEC: stopped\n")
-    os._exit(130 if isinstance(cause, KeyboardInterrupt) else 141)  # as shells count the two signals
+    os.write(2, b"nanoOEC: stopped\n")
+    if not issubclass(kind, KeyboardInterrupt):
+        _flush()
+        os._exit(130)
+
+
+def _nobody_listens() -> bool:
+    """Whether standard output is a pipe whose reader has gone."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # errors are reported in any case
+    return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
 def _flush():
     """Python would report a closed pipe that it meets when it flushes at its end."""
     try:
-        sys.stdout.flush()
-    except OSError:
+        if sys.stdout:
+            sys.stdout.flush()
+    except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

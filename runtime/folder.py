@@ -41,17 +41,9 @@ def open_out_dir(out_dir: Path, resume: str) -> str:
 
     Returns what to resume from: auto, never or a path. Ends the program rather than touch another's files.
     """
-    try:
-        earlier = json.loads((out_dir / "config.json").read_bytes()) if (out_dir / "config.json").exists() else {}
-    except OSError as error:
-        fail(f"out_dir={out_dir} cannot be read: {error.strerror}; choose another --out_dir")
-    except (ValueError, RecursionError):
-        earlier = None
-    is_ours = isinstance(earlier, dict) and "n_embd" in earlier
-    has_run = earlier != {} or (out_dir / "metrics.jsonl").exists()
-    if has_run and not is_ours and not checkpoints(out_dir):
-        fail(f"{out_dir} holds a config.json or metrics.jsonl that is not a run's: choose another --out_dir")
+    refuse_others(out_dir)
     lock(out_dir, "training into", "out_dir")
+    earlier, is_ours, has_run = refuse_others(out_dir)  # again, since another process may have had the folder until now
     has_checkpoint = bool(checkpoints(out_dir))
     if has_checkpoint and not is_ours:
         print(f"{out_dir}/config.json is missing or damaged: writing it again", flush=True)
@@ -70,6 +62,22 @@ def open_out_dir(out_dir: Path, resume: str) -> str:
     return resume
 
 
+def refuse_others(out_dir: Path) -> tuple[dict | None, bool, bool]:
+    """What config.json holds ({} without one, None for one that cannot be read), whether it is a run's, and whether the folder
+    holds a run. Ends the program for a folder that holds other people's files of these names."""
+    try:
+        earlier = json.loads((out_dir / "config.json").read_bytes()) if (out_dir / "config.json").exists() else {}
+    except OSError as error:
+        fail(f"out_dir={out_dir} cannot be read: {error.strerror}; choose another --out_dir")
+    except (ValueError, RecursionError):
+        earlier = None
+    is_ours = isinstance(earlier, dict) and "n_embd" in earlier
+    has_run = earlier != {} or (out_dir / "metrics.jsonl").exists()
+    if has_run and not is_ours and not checkpoints(out_dir):
+        fail(f"{out_dir} holds a config.json or metrics.jsonl that is not a run's: choose another --out_dir")
+    return earlier, is_ours, has_run
+
+
 held_locks = []  # open files: each lock lasts as long as this process
 
 
@@ -77,17 +85,20 @@ def lock(folder: Path, doing: str, setting: str):
     """Makes the folder, the value of `setting`, for this process alone: two that write one run would lose both. Ends the
     program where another has it; one that was killed may take some seconds to be gone. A folder in which nothing was written
     is removed at the end."""
-    if not folder.exists():
-        atexit.register(remove_unused, folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        held_locks.append(open(folder / ".lock", "a"))
-    except OSError as error:
-        fail(f"{setting}={folder} cannot be written: {error.strerror}; choose another --{setting}")
+    is_new = not folder.exists()
     for attempt in range(30):
         try:
-            return fcntl.lockf(held_locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
+            folder.mkdir(parents=True, exist_ok=True)
+            held_locks.append(open(folder / ".lock", "a"))
+        except OSError as error:
+            fail(f"{setting}={folder} cannot be written: {error.strerror}; choose another --{setting}")
+        try:
+            fcntl.lockf(held_locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.stat(folder / ".lock"), os.fstat(held_locks[-1].fileno())):  # not removed by its last owner
+                if is_new:
+                    atexit.register(remove_unused, folder)
+                return
+        except (BlockingIOError, PermissionError, FileNotFoundError):
             time.sleep(0.5)
         except OSError:
             return  # this file system has no locks
@@ -105,8 +116,8 @@ class RunFolder:
     """What process 0 writes while it trains. A full disk or a folder that turned read-only is said, and training
     continues without; where it must not, or the setting `stop_on_write_error` says so, the program ends."""
 
-    def __init__(self, path: Path, config, step: int, damaged: dict[Path, str]):
-        """`step` is the one that the run resumes from; `damaged` are newer checkpoints that cannot be read."""
+    def __init__(self, path: Path, config, step: int, evaluated_step: int, damaged: dict[Path, str]):
+        """The run resumes from `step`, last evaluated at `evaluated_step`; `damaged` are newer checkpoints that cannot be read."""
         self.path, self.config = path, config
         try:
             for checkpoint, problem in damaged.items():
@@ -114,7 +125,7 @@ class RunFolder:
                 print(f"{problem}; renamed to {aside.name}", flush=True)
                 checkpoint.rename(aside)
             write_whole(path / "config.json", json.dumps(asdict(config), indent=1).encode() + b"\n")
-            self.metrics = Metrics(path / "metrics.jsonl", step)
+            self.metrics = Metrics(path / "metrics.jsonl", step, evaluated_step)
             self.trackers = open_trackers(config, path, step)
         except OSError as error:
             self.say_problem(error, must=True)
@@ -181,13 +192,15 @@ def log_line(values: dict, advice: str, seconds_left: float) -> str:
 class Metrics:
     """`metrics.jsonl`: one JSON object a line, in the order of steps, none twice whatever was killed when."""
 
-    def __init__(self, path: Path, step: int):
-        """Keeps the lines up to `step`: later ones were written after the checkpoint that the run resumes from."""
+    def __init__(self, path: Path, step: int, evaluated_step: int):
+        """Keeps the lines up to `step`, and evaluations up to `evaluated_step`: later ones were written after the checkpoint
+        that the run resumes from, and will be written again."""
         kept = []
         before = path.read_bytes() if path.exists() else None
         for line in before.splitlines() if before else []:
             try:
-                kept += [line + b"\n"] if json.loads(line)["step"] <= step else []
+                values = json.loads(line)
+                kept += [line + b"\n"] if values["step"] <= (evaluated_step if values["split"] == "val" else step) else []
             except (ValueError, KeyError, TypeError, RecursionError):
                 pass  # cut off by a kill
         if b"".join(kept) != before:

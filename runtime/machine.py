@@ -251,7 +251,7 @@ def average(passes: list[tuple[float, dict]], how: dict[str, str], machine: Mach
 
 
 @contextmanager
-def errors_for_people():
+def errors_for_people(is_sharded: bool):
     """Errors of the machine, not of the code: a full memory, a compile cache that a kill left unfinished."""
     try:
         yield
@@ -263,8 +263,8 @@ def errors_for_people():
             fail(f"the disk of TMPDIR, {folder}, is full ({one_line(error)}): make room, or set TMPDIR to a folder on another disk")
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
             raise
-        needs = "with --shard=True, process 0 needs 12 bytes a parameter of host memory for a checkpoint"
-        fail(f"the memory is full: lower --micro_batch_size or the model's size ({needs}). {one_line(error)}")
+        needs = " (a checkpoint needs 12 bytes a parameter of host memory: in process 0 to write it, in each to resume)" * is_sharded
+        fail(f"the memory is full: lower --micro_batch_size or the model's size{needs}. {one_line(error)}")
 
 
 def remove_unfinished(problem: str) -> bool:

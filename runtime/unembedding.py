@@ -91,7 +91,7 @@ def _unembedding(
     """
     wide = torch.promote_types(dtype, torch.float32)
     softmax_pass = _compiled_softmax_pass() if compiled else _softmax_pass
-    on_triton = _takes_triton(hidden.device) and wide == torch.float32 and cap <= LARGE_CAP
+    on_triton = _takes_triton(hidden.device, compiled) and wide == torch.float32 and cap <= LARGE_CAP
     (N, d), rows = hidden.shape, W.shape[0]
     chunk_rows = chunk_rows or choose_chunk_rows(N, rows, hidden.device.type)
     # The second guard: the first call after a compilation runs without the keys it leaves out, and would be compiled for itself.
@@ -247,16 +247,17 @@ def _compiled_softmax_pass():
 TRITON_BLOCK, TRITON_WARPS = 4096, 8  # 16 logits a thread at a time, in loads of 16 bytes
 
 
-def _takes_triton(device: torch.device) -> bool:
-    return triton is not None and device.type == "cuda"
+def _takes_triton(device: torch.device, compiled: bool) -> bool:
+    return triton is not None and device.type == "cuda" and compiled  # it needs a C compiler, as torch.compile does
 
 
 def _run_triton_kernel(logits, target, statistics, vocab_size, z_weight, cap, ignore_index, needs_grad):
     """`_softmax_pass` of `logits` (rows, padded_vocab), contiguous, into `statistics` (5, rows); padding columns become 0."""
-    _triton_softmax_pass[(len(logits),)](
-        logits, target, statistics, statistics.stride(0), z_weight, ignore_index, V=vocab_size, WIDTH=logits.shape[1],
-        CAP=cap, NEEDS_GRAD=needs_grad, BLOCK=TRITON_BLOCK, num_warps=TRITON_WARPS,
-    )  # fmt: skip
+    with torch.cuda.device_of(logits):
+        _triton_softmax_pass[(len(logits),)](
+            logits, target.contiguous(), statistics, statistics.stride(0), z_weight, ignore_index, V=vocab_size,
+            WIDTH=logits.shape[1], CAP=cap, NEEDS_GRAD=needs_grad, BLOCK=TRITON_BLOCK, num_warps=TRITON_WARPS,
+        )  # fmt: skip
 
 
 if triton:
@@ -275,7 +276,9 @@ if triton:
         line, lanes = logits + row * WIDTH, tl.arange(0, BLOCK)
         target = tl.load(targets + row).to(tl.int32)
         is_counted = target != ignore_index
-        l_target = _capped(tl.load(line + tl.where(is_counted, target, 0)).to(tl.float32), CAP)
+        is_token = (target >= 0) & (target < V)
+        l_target = _capped(tl.load(line + tl.where(is_token, target, 0)).to(tl.float32), CAP)
+        l_target = tl.where(is_counted & ~is_token, float("nan"), l_target)  # a wrong target is seen in the loss
         reference = _capped(tl.load(line).to(tl.float32), CAP)  # moments about it do not cancel when all logits drift together
 
         highest, place = -float("inf"), line + lanes

@@ -705,6 +705,7 @@ def test_text_prepare_reads_every_kind_of_file(tmp_path):
         ("a.txt", b"t", ["--max_tokens", "1"], "too few"),
         ("a.txt", b"caf\xe9", ["--undecodable", "refuse"], "is not utf-8"),
         ("a.txt", b"text", ["--encoding", "rot13"], "rot13"),
+        ("a.txt", b"text", ["--encoding", "utf-16"], "a.txt cannot be read"),
         ("a.txt", b"text", ["--tokenizer", "gpt9"], "gpt9"),
         ("a.txt", b"text", ["--tokenizer", "none.tiktoken"], "none.tiktoken"),
         ("a.txt", b"text", ["--tokenizer", __file__ + ".tiktoken"], "tiktoken"),
@@ -737,7 +738,7 @@ def byte_prepare(out: Path, *arguments) -> str:
     return done.stderr
 
 
-@pytest.mark.parametrize("encoding", ("utf-8", "utf-8-sig", "utf-16"))
+@pytest.mark.parametrize("encoding", ("utf-8", "utf-8-sig", "utf-16", "utf-32"))
 def test_byte_order_marks_are_understood(tmp_path, encoding):
     lines = "Zoë wrote 日本.\n" * 120
     (tmp_path / "a.txt").write_bytes(lines.encode(encoding))

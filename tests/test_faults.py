@@ -298,7 +298,7 @@ def test_a_run_does_not_need_its_standard_output(data, tmp_path, listener):
 
 def test_a_disk_that_refuses_a_metrics_line(tmp_path):
     """The line waits, no part of it stays, and it is there once there is room."""
-    metrics = Metrics(tmp_path / "metrics.jsonl", 0)
+    metrics = Metrics(tmp_path / "metrics.jsonl", 0, 0)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     metrics.write(step=1, loss=1.0)
     whole = (tmp_path / "metrics.jsonl").read_bytes()
@@ -311,6 +311,15 @@ def test_a_disk_that_refuses_a_metrics_line(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     metrics.write(step=3, loss=3.0)
     assert [(x["step"], x["loss"]) for x in metrics_of(tmp_path)] == [(1, 1.0), (2, None), (3, 3.0)]
+
+
+def test_an_evaluation_that_will_be_made_again_is_not_kept(tmp_path):
+    """Stopped during evaluation 10, resumed, evaluated, and killed before the next checkpoint."""
+    metrics = Metrics(tmp_path / "metrics.jsonl", 0, 0)
+    for split, step in (("train", 5), ("val", 5), ("train", 10), ("val", 10), ("train", 15)):
+        metrics.write(split=split, step=step)
+    Metrics(tmp_path / "metrics.jsonl", 10, 5)
+    assert [(x["split"], x["step"]) for x in metrics_of(tmp_path)] == [("train", 5), ("val", 5), ("train", 10)]
 
 
 def make_read_only(out: Path):

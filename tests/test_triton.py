@@ -31,7 +31,7 @@ machine_code = pytest.mark.skipif(is_interpreted, reason="TRITON_INTERPRET=1 lea
 
 @pytest.fixture
 def on_triton(monkeypatch):
-    monkeypatch.setattr(lean, "_takes_triton", lambda device: True)
+    monkeypatch.setattr(lean, "_takes_triton", lambda device, compiled: True)
 
 
 def gradients(loss, *tensors):
@@ -103,6 +103,16 @@ def test_a_logit_that_is_not_finite_is_seen(on_triton):
         with torch.no_grad():
             W[7] = bad
         assert not lean.unembedding_loss(hidden, W, targets, vocab_size=300).loss.isfinite()
+
+
+@numbers
+def test_targets_of_any_stride_and_wrong_ones(on_triton):
+    hidden, W, targets = problem(4, 300, 384)
+    table = torch.stack((targets, targets + 1, targets + 2), dim=1)
+    assert_equal_to_the_plain_loss(hidden, W, table[:, 0], 2e-5, vocab_size=300)
+    for wrong in (-100, 300, 10**6):
+        targets[2] = wrong
+        assert lean.unembedding_loss(hidden, W, targets, vocab_size=300).loss.isnan()
 
 
 # --- machine code

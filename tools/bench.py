@@ -457,6 +457,13 @@ def pair(text: str) -> tuple[str, str]:
     return name, value
 
 
+def write_json(path: Path, results: dict):
+    try:
+        write_whole(path, json.dumps(results, indent=1).encode() + b"\n")
+    except OSError as error:
+        fail(f"--json={path} cannot be written: {error.strerror or error}")
+
+
 def main():
     if len(sys.argv) == 3 and sys.argv[1] == "--work":
         return work(json.loads(sys.argv[2]))
@@ -490,9 +497,7 @@ def main():
             results[part] = globals()[f"{part}_part"](options, words, folder)
             say(table(part, results[part]))
             if options.json:
-                write_whole(options.json, json.dumps(results, indent=1).encode() + b"\n")
-    except OSError as error:
-        fail(f"{options.json or folder} cannot be written: {error.strerror or error}")
+                write_json(options.json, results)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -84,6 +84,8 @@ class Cell:
         """The cell's line of sweep.csv, once its process has ended."""
         lines = read_metrics(self.folder)
         last = next((x for x in reversed(lines) if x["split"] == "val" and x["step"] == self.config.max_steps), None)
+        if self.process.returncode == 0 and last is None:
+            fail(f"{self.name} was stopped; run the same command again to resume")
         initial_loss = math.log(self.config.vocab_size)
         status = "done" if self.process.returncode == 0 and last and last["cross_entropy"] is not None else "diverged"
         last = last if status == "done" else lines[-1]

@@ -148,9 +148,9 @@ def continue_training(model, config: dict, settings: dict, head: bool, rate: flo
                     fail(f"the run with {' '.join(words)} diverged: leave its arm or its rate out")
                 raise
         lines = read_metrics(Path(folder, "run"))
-        if lines[-1]["step"] < steps:
-            fail("stopped; the same command continues from here")
         lines = [line for line in lines if line["split"] == "val"]
+        if not lines or lines[-1]["step"] < steps:
+            fail("stopped; run the same command again to resume")
         for line in lines if head else ():
             line["rounding_nats"] -= line["cast_nats"]  # here W is not cast
         return lines

@@ -17,7 +17,10 @@ from runtime.errors import fail
 OPENERS = {".txt": open, ".jsonl": open, ".jsonl.gz": gzip.open, ".jsonl.xz": lzma.open}
 PIECE_CHARACTERS = 200_000  # a longer .txt file is cut into documents of about this size, at a blank line
 # The first bytes by which a file says how it is encoded.
-BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+BYTE_ORDER_MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
+}  # fmt: skip
 
 
 def kind_of(path: Path) -> str | None:
@@ -41,7 +44,7 @@ def files_of(inputs: list[Path]):
 
 def files_in(given: Path):
     """Hidden files and folders are copies that editors and notebooks keep. Links to folders may lead round in a circle."""
-    for folder, subfolders, names in os.walk(given):
+    for folder, subfolders, names in os.walk(given, onerror=lambda error: fail(f"{error.filename} cannot be read: {error.strerror}")):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         for name in subfolders:
             if Path(folder, name).is_symlink():
@@ -60,7 +63,7 @@ def documents(arguments):
             else:
                 yield first
                 yield from texts
-        except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        except (OSError, EOFError, lzma.LZMAError, zlib.error, UnicodeError) as error:
             fail(f"{path} cannot be read: {error}")
     if len(empty) == n_files:
         fail(f"there is nothing to prepare: {', '.join(map(str, empty))} {'is' if n_files == 1 else 'are'} empty")
@@ -85,13 +88,15 @@ def texts_of(path: Path, arguments):
         codecs.register_error("nanoOEC", replace)
         n_zeros = 0
         file = io.TextIOWrapper(binary, encoding, errors="nanoOEC")
-        for text in pieces(file) if path.suffix == ".txt" else json_lines(file, path, arguments.text_key):
-            n_zeros += text.count("\0")
-            yield text
-        if undecodable:
-            say(f"{path}: {undecodable:,} places are not {encoding} and became U+FFFD; give its --encoding, or --undecodable=refuse")
-        if n_zeros:
-            say(f"{path} holds {n_zeros:,} NUL characters: if that is not text, give its --encoding (utf-16-le?)")
+        try:
+            for text in pieces(file) if path.suffix == ".txt" else json_lines(file, path, arguments.text_key):
+                n_zeros += text.count("\0")
+                yield text
+        finally:  # also where --max_tokens ends it
+            if undecodable:
+                say(f"{path}: {undecodable:,} places are not {encoding} and became U+FFFD; give its --encoding, or --undecodable=refuse")
+            if n_zeros:
+                say(f"{path} holds {n_zeros:,} NUL characters: if that is not text, give its --encoding (utf-16-le?)")
 
 
 def say(message: str):
@@ -140,4 +145,7 @@ def add_arguments(parser):
 
 if __name__ == "__main__":
     arguments = read_command_line(__doc__, Path(__file__).parent, add_arguments)
-    prepare_as_told(arguments, documents(arguments), source=" ".join(map(str, arguments.inputs)))
+    # What the text depends on is in the record of a preparation, so that it is not resumed with another.
+    reading = {"encoding": "utf-8", "undecodable": "replace", "text_key": "text"}
+    changed = [f"--{name}={getattr(arguments, name)}" for name, usual in reading.items() if getattr(arguments, name) != usual]
+    prepare_as_told(arguments, documents(arguments), source=" ".join([*map(str, arguments.inputs), *changed]))
