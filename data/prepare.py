@@ -18,7 +18,7 @@ import tiktoken
 
 from data.partial import check_space, finish, move_in, partial_folder, read_record, write_json
 from data.shards import HEADER_INTS, open_shard, shard_header, split_files
-from runtime.errors import end_cleanly, fail
+from runtime.errors import fail
 
 # How text is cut into words before byte pairs are merged; a .tiktoken file does not say. GPT-2's, by OpenAI.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -275,7 +275,6 @@ def _chain(digest: str, text_hash: bytes) -> str:
 
 def read_command_line(description: str, default_out: Path, add_arguments) -> argparse.Namespace:
     """The command line that every prepare.py shares."""
-    end_cleanly()
     parser = argparse.ArgumentParser(description=description + " The same command resumes a preparation that was stopped.")
     add_arguments(parser)
     parser.add_argument("--out", type=Path, default=default_out, help="folder for the shards (default: %(default)s)")
