@@ -47,6 +47,7 @@ def assert_clean(run: subprocess.Popen, statuses: tuple[int, ...], seconds: floa
     assert run.returncode in statuses and "Traceback" not in error and "Exception ignored" not in error, (run.returncode, error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", (*TOOLS, *SCRIPTS))
 def test_help_into_a_closed_pipe_without_unicode(name):
     reading, writing = os.pipe()
@@ -120,6 +121,7 @@ def test_ctrl_c_at_any_moment_is_one_line(run_folder, tmp_path, name, words):
         assert sum(line.startswith("nanoOEC: ") for line in error.splitlines()) <= 1, error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, words",
     (("sweep", [*SWEEP, "--data_dir=RUN/../data", "--vocab_size=4096", "--learning_rates", "1e-2", "--out", "OUT"]), ("plot", ["RUN", "--out", "OUT"]),

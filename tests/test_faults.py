@@ -85,7 +85,7 @@ def wait_for_step(out: Path, step: int, seconds: float = 60):
 
 @pytest.mark.parametrize(
     "kills, compiled",
-    ((5, False), pytest.param(40, False, marks=pytest.mark.slow), pytest.param(12, True, marks=pytest.mark.slow)),
+    (pytest.param(5, False, marks=pytest.mark.slow), pytest.param(40, False, marks=pytest.mark.slow), pytest.param(12, True, marks=pytest.mark.slow)),
 )
 def test_kill_9_at_any_moment_loses_nothing(undisturbed, tmp_path, kills, compiled):
     data, expected = undisturbed
@@ -268,6 +268,7 @@ def test_one_process_with_a_nan_skips_the_step_on_all(data, tmp_path):
 # --- disks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", (False, True))
 def test_a_disk_that_refuses_a_checkpoint(data, tmp_path, stop):
     """A limit on the size of files, below a checkpoint's and above the metrics'. Without its last one no run is done."""
