@@ -21,7 +21,7 @@ DOCS = {path: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
 TINY = "--block_size=32 --batch_size=4 --micro_batch_size=2 --max_steps=2 --warmup_steps=0 --eval_sequences=4"
 TINY = shlex.split(TINY + " --eval_interval=0 --device=cpu --dtype=float32 --compile=False")
 TORCHRUN = ("nproc_per_node", "local_addr", "rdzv_conf", "max")  # and --max-restarts
-OF_TOOLS = ("help", "source", "max_tokens", "tokenizer", "val_fraction", "text", "center", "encoding", "undecodable", "processes")
+OF_TOOLS = ("help", "source", "max_tokens", "tokenizer", "val_fraction", "text", "center", "encoding", "undecodable", "text_key", "processes")
 DOCUMENTS = [{"text": f"the number {i} comes before the number {i + 1}.\n" * 9} for i in range(900)]
 # Optional packages that a command needs; it is left out, and said so, where one is missing.
 NEEDS = {"tools.plot": "matplotlib", "export_hf": "transformers", "import_hf": "transformers", "weights.pt": "transformers"}
