@@ -62,13 +62,13 @@ def wait_until(condition, log: Path, seconds: float = 1500):
 
 
 def test_a_job_that_is_told_of_its_time_limit_saves_is_requeued_and_ends_as_the_undisturbed_one(cluster, submit, tmp_path):
-    """A run without an end, until Slurm has stopped it; then it is given one, 200 steps away. Its learning rate is constant."""
+    """A run without an end, until Slurm has stopped it; then it is given one, 20 steps away. Its learning rate is constant."""
     data, settings = tiny_folder(tmp_path / "tiny"), tmp_path / "steps.py"
     arguments = lambda out: [*tiny_arguments(data, out, eval_interval=0, log_interval=100, min_learning_rate=0.01), str(settings)]
     settings.write_text("max_steps = 10**6\n")
     job, log = submit(arguments(tmp_path / "out"))
     wait_until(lambda: checkpoints(tmp_path / "out") and state_of(job, cluster) == "PENDING", log)
-    steps = read_checkpoint(checkpoints(tmp_path / "out")[-1])["step"] + 200
+    steps = read_checkpoint(checkpoints(tmp_path / "out")[-1])["step"] + 20
     settings.write_text(f"max_steps = {steps}\n")
     wait_until(lambda: f"done at step {steps}" in log.read_text() and state_of(job, cluster) != "RUNNING", log)
     assert "stopped at step" in log.read_text() and f"resuming from {tmp_path / 'out'}" in log.read_text()
