@@ -7,6 +7,8 @@ over the processes. See docs/several_machines.md.
 import torch
 from torch import Tensor, nn
 
+from oec import _is_sharded
+
 
 def shard(model: nn.Module, config, machine) -> nn.Module:
     """`model` (on the CPU, the same on all processes), shared out over the devices, in place.
@@ -31,13 +33,9 @@ def shard(model: nn.Module, config, machine) -> nn.Module:
     return fully_shard(model, mesh=mesh, reshard_after_forward=False)
 
 
-def is_sharded(value) -> bool:
-    return hasattr(value, "full_tensor")  # a DTensor, without the seconds that importing the class takes
-
-
 def whole(tensor: Tensor) -> Tensor:
     """The whole of a sharded tensor, on every process. Every process must call it."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
+    return tensor.full_tensor() if _is_sharded(tensor) else tensor
 
 
 def gathered(tree, keep: bool):
@@ -47,7 +45,7 @@ def gathered(tree, keep: bool):
         return {key: gathered(value, keep) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
         return type(tree)(gathered(value, keep) for value in tree)
-    if not is_sharded(tree):
+    if not _is_sharded(tree):
         return tree
     full = tree.full_tensor()
     return full.cpu() if keep else None
@@ -55,7 +53,7 @@ def gathered(tree, keep: bool):
 
 def shared_out_like(value, parameter: Tensor):
     """This process's part of a whole tensor of the shape of a sharded `parameter`; anything else as it is."""
-    if not is_sharded(parameter) or not isinstance(value, Tensor) or value.shape != parameter.shape:
+    if not _is_sharded(parameter) or not isinstance(value, Tensor) or value.shape != parameter.shape:
         return value
     from torch.distributed.tensor import distribute_tensor
 

@@ -114,7 +114,8 @@ def _unembedding(
                     torch._dynamo.maybe_mark_dynamic(real, 0)
                     torch._dynamo.maybe_mark_dynamic(target, 0)
                 statistics[:, chunk] = softmax_pass(real, target, z_weight, cap, ignore_index, wide, needs_grad)
-                logits[:, vocab_size:] = 0
+                if needs_grad:
+                    logits[:, vocab_size:] = 0
             if needs_grad:
                 grad_logits = logits.to(dtype)
                 torch.mm(grad_logits, W_low, out=grad_hidden[chunk])

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from data.prepare import prepare
 from data.shards import shard_header
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -114,6 +115,15 @@ def run_command(arguments, processes: int = 1, cwd=ROOT, timeout: int = 300, **t
     return subprocess.run(
         command(arguments, processes, **torchrun), cwd=cwd, timeout=timeout, capture_output=True, text=True
     )
+
+
+def train_on_text(folder: Path, **changes) -> Path:
+    """The folder of a run on text of the built-in vocabulary, so that it can be sampled from."""
+    documents = [f"the number {i} comes before the number {i + 1}.\n" * 5 for i in range(400)]
+    prepare(documents, folder / "data", str(ROOT / "data/stdlib/vocabulary.tiktoken"), source="test", val_fraction=0.1)
+    done = run_command(tiny_arguments(folder / "data", folder / "out", vocab_size=4096, **changes))
+    assert done.returncode == 0, done.stderr
+    return folder / "out"
 
 
 def metrics_of(out: Path, timings: bool = False) -> list[dict]:

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from data.prepare import prepare
-from tests.conftest import ROOT, run_command, tiny_arguments, tiny_folder
+from tests.conftest import ROOT, tiny_folder, train_on_text
 from tools.sweep import read_sweep
 
 TOOLS = ("sample", "sweep", "plot", "bench", "memory", "why", "drift", "export_hf", "import_hf")
@@ -30,12 +29,7 @@ def start(name: str, *words, **options) -> subprocess.Popen:
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    documents = [f"the number {i} comes before the number {i + 1}.\n" * 5 for i in range(400)]
-    prepare(documents, folder / "data", str(ROOT / "data/stdlib/vocabulary.tiktoken"), source="test", val_fraction=0.1)
-    done = run_command(tiny_arguments(folder / "data", folder / "out", vocab_size=4096, max_steps=8, oec="none"))
-    assert done.returncode == 0, done.stderr
-    return folder / "out"
+    return train_on_text(tmp_path_factory.mktemp("run"), max_steps=8, oec="none")
 
 
 SWEEP = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--vocab_size=300", "--block_size=16", "--batch_size=2", "--micro_batch_size=2",

@@ -16,8 +16,7 @@ import pytest
 import torch
 
 import runtime.unembedding
-from data.prepare import prepare
-from tests.conftest import ROOT, fails_in_one_line, metrics_of, run_command, tiny_arguments
+from tests.conftest import ROOT, fails_in_one_line, metrics_of, run_command, tiny_arguments, train_on_text
 from tools.sweep import lr_sensitivity, read_sweep
 
 has_matplotlib = importlib.util.find_spec("matplotlib") is not None
@@ -25,12 +24,7 @@ has_matplotlib = importlib.util.find_spec("matplotlib") is not None
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    documents = [f"the number {i} comes before the number {i + 1}.\n" * 5 for i in range(400)]
-    prepare(documents, folder / "data", str(ROOT / "data/stdlib/vocabulary.tiktoken"), source="test", val_fraction=0.1)
-    done = run_command(tiny_arguments(folder / "data", folder / "out", vocab_size=4096, max_steps=8))
-    assert done.returncode == 0, done.stderr
-    return folder / "out"
+    return train_on_text(tmp_path_factory.mktemp("run"), max_steps=8)
 
 
 def tool(name, *arguments):
@@ -277,12 +271,8 @@ def test_help(capsys, monkeypatch, name):
 @pytest.mark.slow
 def test_a_rescue_is_resumed_and_mends_a_drift(tmp_path_factory, tmp_path):
     """Two arms from a drift; the second call finds them there and adds a third."""
-    folder = tmp_path_factory.mktemp("rescue")
-    documents = [f"the number {i} comes before the number {i + 1}.\n" * 5 for i in range(400)]
-    prepare(documents, folder / "data", str(ROOT / "data/stdlib/vocabulary.tiktoken"), source="test", val_fraction=0.1)
-    done = run_command(tiny_arguments(folder / "data", folder / "out", vocab_size=4096, max_steps=24, eval_interval=24, oec="none"))
-    assert done.returncode == 0, done.stderr
-    command = ["rescue", folder / "out", "--mean_logits", "588", "--steps", "6", "--compile", "False", "--out", tmp_path / "rescue"]
+    out = train_on_text(tmp_path_factory.mktemp("rescue"), max_steps=24, eval_interval=24, oec="none")
+    command = ["rescue", out, "--mean_logits", "588", "--steps", "6", "--compile", "False", "--out", tmp_path / "rescue"]
     for arms, says in (("baseline,mu_centering", "0 of 2"), ("baseline,mu_centering,float32_head", "2 of 3")):
         done = tool("why", *command, "--arms", arms)
         assert done.returncode == 0 and says in done.stdout, done.stdout + done.stderr

@@ -34,6 +34,7 @@ from data.shards import Loader, open_dataset, samples_of_process, shard_header
 from model import METHODS
 from runtime.checkpoint import write_whole
 from runtime.errors import fail, say
+from runtime.folder import read_metrics
 from runtime.machine import available_cores, start_machine
 from runtime.unembedding import unembedding_loss
 from tools.sweep import words_of
@@ -409,8 +410,7 @@ def processes_rows(options, words, folder) -> list[dict]:
             done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
             if done.returncode:
                 fail(f"torchrun on {row['size']} processes ended with {done.returncode}: {done.stderr.strip().splitlines()[-1]}")
-            lines = map(json.loads, (out_dir / "metrics.jsonl").read_text().splitlines())
-            row["seconds"] += [tokens / x["tokens_per_second"] for x in lines if x["split"] == "train" and x["step"] in (8, 12)]
+            row["seconds"] += [tokens / x["tokens_per_second"] for x in read_metrics(out_dir) if x["split"] == "train" and x["step"] in (8, 12)]
             progress(f"scaling: {row['name']}, turn {turn + 1} of 3")
     return [row | {"tokens_per_second": tokens / statistics.median(row["seconds"])} for row in rows]
 

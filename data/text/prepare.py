@@ -36,7 +36,7 @@ def files_of(inputs: list[Path]):
             fail(f"{given} is neither a {', '.join(OPENERS)} file nor a folder that holds one")
         for path in found:
             if path.resolve() in seen:
-                say(f"{path} was read before, by this name or another: left out")
+                warn(f"{path} was read before, by this name or another: left out")
                 continue
             seen.add(path.resolve())
             yield path
@@ -48,7 +48,7 @@ def files_in(given: Path):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         for name in subfolders:
             if Path(folder, name).is_symlink():
-                say(f"{Path(folder, name)} is a link to a folder: left out; name that folder too if you want it")
+                warn(f"{Path(folder, name)} is a link to a folder: left out; name that folder too if you want it")
         yield from (Path(folder, name) for name in names if kind_of(Path(name)) and not name.startswith("."))
 
 
@@ -68,7 +68,7 @@ def documents(arguments):
     if len(empty) == n_files:
         fail(f"there is nothing to prepare: {', '.join(map(str, empty))} {'is' if n_files == 1 else 'are'} empty")
     for path in empty:
-        say(f"{path} is empty")
+        warn(f"{path} is empty")
 
 
 def texts_of(path: Path, arguments):
@@ -94,12 +94,12 @@ def texts_of(path: Path, arguments):
                 yield text
         finally:  # also where --max_tokens ends it
             if undecodable:
-                say(f"{path}: {undecodable:,} places are not {encoding} and became U+FFFD; give its --encoding, or --undecodable=refuse")
+                warn(f"{path}: {undecodable:,} places are not {encoding} and became U+FFFD; give its --encoding, or --undecodable=refuse")
             if n_zeros:
-                say(f"{path} holds {n_zeros:,} NUL characters: if that is not text, give its --encoding (utf-16-le?)")
+                warn(f"{path} holds {n_zeros:,} NUL characters: if that is not text, give its --encoding (utf-16-le?)")
 
 
-def say(message: str):
+def warn(message: str):
     print(message, file=sys.stderr, flush=True)
 
 
