@@ -50,10 +50,10 @@ def center(W: Tensor, vocab_size: int | None = None, detach_mean: bool = False) 
     tokens. `detach_mean` passes the gradient on as it is: the same in exact arithmetic, and without that error.
     """
     mu = mean_embedding(W, vocab_size)
-    centered = (W - _beside(W, mu.detach() if detach_mean else mu)).to(W.dtype)
-    if vocab_size is None or vocab_size == W.shape[0]:
-        return centered
-    return torch.where(_is_real(W, vocab_size), centered, W)
+    shift = _beside(W, mu.detach() if detach_mean else mu)
+    if _real_size(W, vocab_size) < W.shape[0]:
+        shift = torch.where(_is_real(W, vocab_size), shift, 0)
+    return (W - shift).to(W.dtype)
 
 
 @torch.no_grad()

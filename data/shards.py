@@ -14,7 +14,6 @@ import threading
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from runtime.errors import fail
 
@@ -230,12 +229,12 @@ def samples_of_process(step: int, max_steps: int, batch_size: int, micro_batch_s
 
 
 class Loader:
-    """Yields (tokens, targets), int64 (B, T) each on `device`, for each array of sample numbers in `batches`.
+    """Yields (tokens, targets), int64 (B, T) each on the torch.device `device`, for each array of sample numbers in `batches`.
 
     A background thread reads one batch ahead, into pinned memory for a GPU.
     """
 
-    def __init__(self, data: TokenWindows, batches, seed: int, device: torch.device):
+    def __init__(self, data: TokenWindows, batches, seed: int, device):
         self.device, self.batches = device, batches
         self.data, self.seed = data, seed
         self.ready = queue.Queue(maxsize=1)
@@ -244,9 +243,11 @@ class Loader:
         self.thread.start()
 
     def _fill(self):
+        from torch import from_numpy  # here, since preparing data can do without the seconds that importing torch takes
+
         try:
             for samples in self.batches:
-                tokens = torch.from_numpy(self.data.read(windows_of_samples(samples, len(self.data), self.seed)))
+                tokens = from_numpy(self.data.read(windows_of_samples(samples, len(self.data), self.seed)))
                 self._put(tokens.pin_memory() if self.device.type == "cuda" else tokens)
                 if self.stopped.is_set():
                     return

@@ -17,6 +17,7 @@ from data.shards import shard_header
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("OEC_SHARED", ROOT.parent / "shared"))
+PATIENCE = 1200  # seconds after which a program counts as hung, on however slow or busy a machine
 VOCAB = 300  # not a multiple of 128: padding rows exist
 
 
@@ -25,6 +26,14 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no CUDA GPU here"))
+
+
+@pytest.fixture(autouse=True)
+def compiled_afresh():
+    """PyTorch compiles a function a few times and then runs it as it is: a test of compiled code would test that instead."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -92,7 +101,7 @@ def train_here():
     threads = torch.get_num_threads()
 
     def train(arguments):
-        torch._dynamo.reset()  # a run of its own, as in a process of its own
+        torch._dynamo.reset()  # each run of a test as in a process of its own
         config = load_config(arguments)
         trainer = Trainer(config, start_machine(config))
         trainer.run()
@@ -111,9 +120,9 @@ def command(arguments, processes: int = 1, launcher: bool = False, script: Path 
     return [sys.executable, *(launch if launcher or processes > 1 else []), str(script), *map(str, arguments)]
 
 
-def run_command(arguments, processes: int = 1, cwd=ROOT, timeout: int = 300, **torchrun) -> subprocess.CompletedProcess:
+def run_command(arguments, processes: int = 1, cwd=ROOT, **torchrun) -> subprocess.CompletedProcess:
     return subprocess.run(
-        command(arguments, processes, **torchrun), cwd=cwd, timeout=timeout, capture_output=True, text=True
+        command(arguments, processes, **torchrun), cwd=cwd, timeout=PATIENCE, capture_output=True, text=True
     )
 
 

@@ -18,7 +18,7 @@ from data.partial import VOCABULARY_FILE
 from data.prepare import GPT2_PATTERN, load_tokenizer
 from model import GPT, GPTConfig
 from runtime.checkpoint import read_checkpoint, save_weights
-from tests.conftest import ROOT, VOCAB, assert_same_bits, fails_in_one_line, tiny_arguments
+from tests.conftest import PATIENCE, ROOT, VOCAB, assert_same_bits, fails_in_one_line, tiny_arguments
 from train import TrainConfig
 
 transformers = pytest.importorskip("transformers", reason="the Hugging Face export needs: pip install transformers")
@@ -246,7 +246,7 @@ def test_an_export_that_the_disk_refuses_leaves_nothing(checkpoint, tmp_path):
     command = [sys.executable, "-m", "tools.export_hf", str(checkpoint()), str(tmp_path / "out")]
     before = set(tmp_path.iterdir())
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # noqa: E731
-    done = subprocess.run(command, cwd=ROOT, preexec_fn=limit, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, preexec_fn=limit, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "cannot be written" in done.stderr, done.stderr
     assert set(tmp_path.iterdir()) == before
 

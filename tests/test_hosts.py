@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.distributed.run import get_args_parser
 
-from tests.conftest import ROOT, metrics_of, run_command, tiny_arguments, tiny_folder
+from tests.conftest import PATIENCE, ROOT, metrics_of, run_command, tiny_arguments, tiny_folder
 from runtime.checkpoint import read_checkpoint
 from train import load_config
 
@@ -100,11 +100,11 @@ def run_on_both(namespaces, arguments, tmp_path, known_names: bool = True, own_d
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         runs.append(subprocess.Popen(command, cwd=ROOT, env=os.environ | settings, **pipes))
     try:
-        outputs = [run.communicate(timeout=300)[0] for run in runs]
+        outputs = [run.communicate(timeout=PATIENCE)[0] for run in runs]
     finally:
         for run in runs:
             run.terminate()  # torchrun ends its workers
-            run.wait(timeout=60)
+            run.wait(timeout=PATIENCE)
     return [(run.returncode, output) for run, output in zip(runs, outputs)]
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.conftest import ROOT, fails_in_one_line, tiny_arguments
+from tests.conftest import PATIENCE, ROOT, fails_in_one_line, tiny_arguments
 from tools import memory
 from train import load_config
 
@@ -54,7 +54,7 @@ def measured(words: list[str]) -> int:
     """
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     process = [sys.executable, "-c", MEASURE, json.dumps(words)]
-    done = subprocess.run(process, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
+    done = subprocess.run(process, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     return int(done.stdout.splitlines()[-1])
 

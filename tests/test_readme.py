@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, VOCAB, metrics_of, run_command, tiny_folder
+from tests.conftest import PATIENCE, ROOT, VOCAB, metrics_of, run_command, tiny_folder
 from train import TrainConfig
 
 README = (ROOT / "README.md").read_text()
@@ -112,7 +112,7 @@ def test_every_command_runs(project, tmp_path):
             left_out.append(command)
             continue
         words = small(run_of_newest(words, project), project)
-        done = subprocess.run(words, cwd=project, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(words, cwd=project, env=environment, capture_output=True, text=True, timeout=PATIENCE)
         if done.returncode:
             failed.append(f"{shlex.join(words)}\n{done.stdout[-500:]}{done.stderr[-1500:]}")
     print(f"left out: {left_out}")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from runtime.checkpoint import read_checkpoint
-from tests.conftest import ROOT, assert_same_bits, command, fails_in_one_line, metrics_of, run_command, tiny_arguments
+from tests.conftest import PATIENCE, ROOT, assert_same_bits, command, fails_in_one_line, metrics_of, run_command, tiny_arguments
 from tools.sample import load_model
 from train import load_config
 
@@ -50,7 +50,7 @@ def train_all(tmp_path):
 
     def train(processes: int, runs: list[list[str]]) -> None:
         words = command([json.dumps(runs)], processes, script=script)
-        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
         assert done.returncode == 0, done.stderr[-3000:]
 
     return train
@@ -112,6 +112,7 @@ def test_low_precision(data, tmp_path, train_all):
         assert_same_losses(tmp_path / f"copied_{dtype}", tmp_path / f"sharded_{dtype}", 3e-2)
 
 
+@pytest.mark.slow
 def test_a_drift_is_removed_before_w_is_cast(data, tmp_path, train_all):
     """With every embedding moved by 1,000, bfloat16 loses nats without centring and nothing with it, sharded or not."""
     base = tiny_arguments(data, tmp_path / "base", oec="none", dtype="float32")
@@ -177,6 +178,7 @@ def test_what_cannot_be_sharded_is_one_line(monkeypatch, capsys, words, processe
     assert says in fails_in_one_line(capsys, load_config, words)
 
 
+@pytest.mark.slow
 def test_another_models_checkpoint_is_one_line(data, tmp_path):
     assert run_command(tiny_arguments(data, tmp_path / "out", max_steps=4)).returncode == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import runtime.unembedding
-from tests.conftest import ROOT, fails_in_one_line, metrics_of, run_command, tiny_arguments, train_on_text
+from tests.conftest import PATIENCE, ROOT, fails_in_one_line, metrics_of, run_command, tiny_arguments, train_on_text
 from tools.sweep import lr_sensitivity, read_sweep
 
 has_matplotlib = importlib.util.find_spec("matplotlib") is not None
@@ -29,7 +29,7 @@ def run_folder(tmp_path_factory):
 
 def tool(name, *arguments):
     command = [sys.executable, "-m", f"tools.{name}", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE)
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def sweep_command(folder, out, *options):
 @pytest.mark.slow
 def test_a_sweep_over_the_weights_of_a_method(data, tmp_path):
     options = ("--methods", "mu_loss,softcap", "--learning_rates", "1e-2", "--mu_loss_weights", "1e-4,1e2", "--softcaps", "5")
-    done = subprocess.run(sweep_command(data, tmp_path / "sweep", *options), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(sweep_command(data, tmp_path / "sweep", *options), cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = read_sweep(tmp_path / "sweep/sweep.csv")
     assert [(row["method"], float(row["lambda"])) for row in rows] == [("mu_loss", 1e-4), ("mu_loss", 1e2), ("softcap", 5)]
@@ -125,10 +125,10 @@ def test_a_sweep_is_killed_and_goes_on(data, tmp_path):
     while not (out / "sweep.csv").exists() and first.poll() is None:
         time.sleep(0.05)
     os.kill(first.pid, signal.SIGINT)
-    output, _ = first.communicate(timeout=60)
+    output, _ = first.communicate(timeout=PATIENCE)
     assert first.returncode == 2 and "run the same command again" in output, output
     before = (out / "sweep.csv").read_text().splitlines()
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert again.returncode == 0, again.stdout + again.stderr
     rows = read_sweep(out / "sweep.csv")
     assert set(before) <= set((out / "sweep.csv").read_text().splitlines())
@@ -137,9 +137,9 @@ def test_a_sweep_is_killed_and_goes_on(data, tmp_path):
         assert row["status"] == ("diverged" if row["learning_rate"] == "1e+30" else "done")
         assert float(row["test_loss"]) == pytest.approx(math.log(300)) or row["status"] == "done"
     assert "| baseline |" in (out / "summary.md").read_text() and "1 of 2" in again.stdout
-    third = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    third = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert "4 of 4 cells are there, 0 to run" in third.stdout
-    other = subprocess.run([*command, "--n_layer=3"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    other = subprocess.run([*command, "--n_layer=3"], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert other.returncode == 2 and "n_layer was 2, is 3" in other.stderr
     if has_matplotlib:
         done = tool("plot", out / "sweep.csv", "--out", tmp_path / "figure")
@@ -171,6 +171,7 @@ def test_a_folder_of_other_things_is_no_sweep(data, tmp_path, refusal):
 # --- what the paper leaves open
 
 
+@pytest.mark.slow
 def test_row_sums_are_recorded(data, tmp_path):
     """The rows of the gradient cancel; SGD keeps that, and μ where it was, and Adam does not (paper, §2)."""
     shares, moved = {}, {}

@@ -15,7 +15,7 @@ import pytest
 import train
 from runtime.checkpoint import checkpoints, read_checkpoint
 from runtime.folder import open_trackers
-from tests.conftest import fails_in_one_line, fill, metrics_of, run_command, tiny_arguments
+from tests.conftest import PATIENCE, fails_in_one_line, fill, metrics_of, run_command, tiny_arguments
 from tests.test_faults import leave_no_process_behind, start, wait_for_step  # noqa: F401 (a fixture)
 
 STEPS = 30
@@ -114,9 +114,9 @@ def test_both_go_on_with_their_curves(tensorboard, wandb, data, tmp_path, number
     out = tmp_path / "a run"
     settings = {"max_steps": STEPS, "eval_interval": 10, "tensorboard": True, "wandb_project": "tests"}
     run = start(data, out, **settings)
-    wait_for_step(out, 14)
+    wait_for_step(run, out, 14)
     run.send_signal(number)
-    output, _ = run.communicate(timeout=60)
+    output, _ = run.communicate(timeout=PATIENCE)
     assert run.returncode == (0 if number == signal.SIGTERM else -number), output
     reached = read_checkpoint(checkpoints(out)[-1])["step"]
     if number == signal.SIGKILL:
@@ -178,14 +178,14 @@ def test_tensorboard_goes_on_once_a_full_disk_has_room(tensorboard, tmp_path, mo
 def test_a_disk_that_fills_up_stops_neither_training_nor_trackers(tensorboard, wandb, data, small_disk):
     out = small_disk / "out"
     run = start(data, out, max_steps=10**5, eval_interval=20, tensorboard=True, wandb_project="tests")
-    wait_for_step(out, 11)
+    wait_for_step(run, out, 11)
     fill(out)
     lines = iter(run.stdout.readline, "")
     assert any("cannot be written" in line and "training continues" in line for line in lines)
     (out / "ballast").unlink()
     assert any("validation loss" in line for line in lines)
     run.terminate()
-    output, _ = run.communicate(timeout=60)
+    output, _ = run.communicate(timeout=PATIENCE)
     assert run.returncode == 0 and "stopped at step" in output, output
     steps = [step for step, _ in curves_of(out)["train/loss"]]
     assert steps == sorted(set(steps)) and steps[-1] == metrics_of(out)[-1]["step"]

@@ -5,6 +5,7 @@ import math
 import re
 import time
 import warnings
+from contextlib import nullcontext
 from dataclasses import asdict
 
 import numpy as np
@@ -384,7 +385,7 @@ def test_two_processes_that_checkpoint_activations_learn_the_same(data, tmp_path
     for is_on in (False, True):
         out = tmp_path / str(is_on)
         options = {"max_steps": 6, "activation_checkpointing": is_on, "compile": compiled, "batch_size": 16}
-        done = run_command(tiny_arguments(data, out, **options), processes=2, timeout=600)
+        done = run_command(tiny_arguments(data, out, **options), processes=2)
         assert done.returncode == 0, done.stderr
         losses.append([x["loss"] for x in metrics_of(out)])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5) if compiled else losses[0] == losses[1]
@@ -475,17 +476,18 @@ def test_the_loader_is_far_faster_than_the_demo_trains(tmp_path):
     machine = start_machine(config)
     windows, _ = open_dataset(tiny_folder(tmp_path / "tiny"), config.block_size, VOCAB)
     samples = samples_of_process(0, 2000, config.batch_size, config.micro_batch_size, 0, 1)
-    start = time.perf_counter()
-    tokens = sum(batch.numel() for batch, _ in Loader(windows, samples, 1, torch.device("cpu")))
-    loader_rate = tokens / (time.perf_counter() - start)
-    model = train.GPT(config)
-    batch = torch.randint(0, 4096, (config.micro_batch_size, config.block_size))
-    with machine.autocast():
-        model(batch, batch)[0].backward()
-        start = time.perf_counter()
-        for _ in range(3):
-            model(batch, batch)[0].backward()
-    assert loader_rate > 20 * 3 * batch.numel() / (time.perf_counter() - start)
+    batches, model = iter(Loader(windows, samples, 1, machine.device)), GPT(config)
+    times = {"loading": [], "training": []}
+    for _ in range(20):  # in turn, and the best of each: other work on the machine slows now the one, now the other
+        began = time.perf_counter()
+        for _ in range(100):
+            tokens, targets = next(batches)
+        loaded = time.perf_counter()
+        with machine.autocast():
+            model(tokens, targets)[0].backward()
+        times["loading"].append((loaded - began) / 100)
+        times["training"].append(time.perf_counter() - loaded)
+    assert 20 * min(times["loading"]) < min(times["training"])
 
 
 @pytest.mark.gpu
@@ -533,13 +535,31 @@ def test_both_ways_of_centring_are_one_run_on_a_gpu(data, tmp_path, train_here):
     assert abs(losses["forward"] - losses["step"]) < max(0.02, abs(losses["forward"] - losses["seed"]))
 
 
-@pytest.mark.gpu
-def test_one_nccl_process_under_torchrun_is_the_plain_run(data, tmp_path):
-    for out, through in ((tmp_path / "plain", False), (tmp_path / "torchrun", True)):
-        done = run_command(tiny_arguments(data, out, device="cuda"), launcher=through)
-        assert done.returncode == 0, done.stderr
-    a, b = ([x["loss"] for x in metrics_of(tmp_path / name)] for name in ("plain", "torchrun"))
-    assert a == pytest.approx(b, abs=1e-5)
+@pytest.mark.parametrize("device", ("cpu", pytest.param("cuda", marks=pytest.mark.gpu)))
+def test_a_process_group_of_one_is_the_plain_model(device, tmp_path):
+    """NCCL and DDP on the one GPU there is, or gloo on a CPU: the gradients of two passes, averaged once, are the model's own."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=VOCAB, block_size=32, n_layer=2, n_head=2, n_embd=32, oec="mu_centering")).to(device)
+    tokens = torch.randint(0, VOCAB, (2, 4, 33)).to(device)
+
+    def gradients_through(wrapped, no_sync):
+        model.zero_grad()
+        with no_sync():
+            wrapped(tokens[0, :, :-1], tokens[0, :, 1:])[0].backward()
+        wrapped(tokens[1, :, :-1], tokens[1, :, 1:])[0].backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    expected = gradients_through(model, nullcontext)
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        ones = torch.ones(1, device=device)
+        torch.distributed.all_reduce(ones)
+        assert ones.item() == 1
+        parallel = torch.nn.parallel.DistributedDataParallel(torch.compile(model), broadcast_buffers=False)
+        torch.testing.assert_close(gradients_through(parallel, parallel.no_sync), expected, rtol=1e-4, atol=1e-6)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.gpu

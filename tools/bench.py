@@ -32,7 +32,7 @@ import torch.nn.functional as F
 import oec
 from data.shards import Loader, open_dataset, samples_of_process, shard_header
 from model import METHODS
-from runtime.checkpoint import write_whole
+from runtime.checkpoint import state_of, write_whole
 from runtime.errors import fail, say
 from runtime.folder import read_metrics
 from runtime.machine import available_cores, start_machine
@@ -162,11 +162,13 @@ def head_step(config, what: str):
         loss = unembedding_loss(hidden, embedding, targets, vocab_size=config.vocab_size, **options).loss
         return loss + (config.mu_loss_weight * oec.mu_loss(W, config.vocab_size) if config.oec == "mu_loss" else 0)
 
-    functions = {
-        "plain": lambda hidden, W, targets: F.cross_entropy((hidden @ W.T).float(), targets),
-        "linear_cross_entropy": lambda hidden, W, targets: F.linear_cross_entropy(hidden, W.to(hidden.dtype), targets),
-    }
-    function = torch.compile(functions.get(what, ours))
+    def plain(hidden, W, targets):
+        return F.cross_entropy((hidden @ W.T).float(), targets)
+
+    def linear_cross_entropy(hidden, W, targets):  # PyTorch's own, in chunks, which it does not compile
+        return F.linear_cross_entropy(hidden, W.to(hidden.dtype), targets, options=torch.nn.LinearCrossEntropyOptions())
+
+    function = {"linear_cross_entropy": linear_cross_entropy, "plain": torch.compile(plain)}.get(what) or torch.compile(ours)
 
     def step():
         with machine.autocast():
@@ -214,6 +216,7 @@ def work(spec: dict):
     timed(2)
     n_steps = max(1, min(200, round(spec["seconds"] / timed(2))))
     if is_cuda:
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     else:
         Path("/proc/self/clear_refs").write_text("5")  # peak resident memory starts again from here
@@ -235,7 +238,7 @@ def work(spec: dict):
             answer["bytes"] = torch.cuda.max_memory_allocated() if is_cuda else resident()["VmHWM:"] - before
         elif request == "save\n":
             start = time.perf_counter()
-            trainer.save()
+            trainer.folder.save(state_of(trainer), must=True)
             answer["seconds"] = time.perf_counter() - start
         print(json.dumps(answer), file=answers, flush=True)
 
@@ -270,7 +273,11 @@ class Contender:
 
 
 def compare(title: str, makers: list, rounds: int) -> list[dict]:
-    """Starts all contenders, then lets them have their turns: a row each, ratios to the first, round by round."""
+    """Starts all contenders, then lets them have their turns: a row each, ratios to the first, round by round.
+    On a GPU two hold the card at a time: the first, and each of the others after another."""
+    if torch.cuda.is_available() and len(makers) > 2:
+        pairs = [compare(title, [makers[0], other], rounds) for other in makers[1:]]
+        return [pairs[0][0], *(rows[1] for rows in pairs)]
     at_once = max(1, available_cores() // 2)  # compiling takes a few cores each
     contenders = []
     for group in (makers[i : i + at_once] for i in range(0, len(makers), at_once)):
