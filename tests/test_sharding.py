@@ -89,18 +89,21 @@ def test_a_sharded_run_is_the_unsharded_run(data, tmp_path, train_all, processes
 
 
 def test_a_sharded_run_is_the_copied_run(data, tmp_path, train_all):
-    for name in ("copied", "sharded"):
-        train_all(2, [tiny_arguments(data, tmp_path / name, shard=name == "sharded")])
+    train_all(2, [tiny_arguments(data, tmp_path / name, shard=name == "sharded") for name in ("copied", "sharded")])
     assert_same_losses(tmp_path / "copied", tmp_path / "sharded", 1e-5)
 
 
-@pytest.mark.slow  # compiles
-@pytest.mark.parametrize("checkpointing", (False, True))
-def test_compiled(data, tmp_path, train_all, checkpointing):
-    changes = {"batch_size": 16, "micro_batch_size": 4, "activation_checkpointing": checkpointing}
-    train_all(1, [tiny_arguments(data, tmp_path / "one", **changes)])
-    train_all(2, [tiny_arguments(data, tmp_path / "sharded", compile=True, shard=True, **changes)])
-    assert_same_losses(tmp_path / "one", tmp_path / "sharded", 1e-5)
+@pytest.mark.slow  # compiles each
+@pytest.mark.parametrize("tied", (False, True))
+def test_compiled(data, tmp_path, train_all, tied):
+    """Every method over 20 steps, and one with activation checkpointing too."""
+    changes = {"max_steps": 20, "eval_interval": 10, "batch_size": 16, "micro_batch_size": 4, "tie_weights": tied}
+    runs = [*METHODS, {"oec": "mu_centering", "activation_checkpointing": True}]
+    train_all(1, [tiny_arguments(data, tmp_path / f"one{number}", **changes | run) for number, run in enumerate(runs)])
+    compiled = changes | {"compile": True, "shard": True}
+    train_all(2, [tiny_arguments(data, tmp_path / f"sharded{number}", **compiled | run) for number, run in enumerate(runs)])
+    for number in range(len(runs)):
+        assert_same_losses(tmp_path / f"one{number}", tmp_path / f"sharded{number}", 1e-5)
 
 
 @pytest.mark.slow
@@ -129,20 +132,20 @@ def test_a_drift_is_removed_before_w_is_cast(data, tmp_path, train_all):
 
 
 @pytest.mark.slow
-def test_stopped_and_resumed_on_any_number_of_processes(data, tmp_path, train_all):
+@pytest.mark.parametrize("processes", (2, 4))
+def test_stopped_and_resumed_on_any_number_of_processes(data, tmp_path, train_all, processes):
     """Bit for bit on as many; up to rounding on another number, sharded or not."""
     changes = {"eval_interval": 3, "batch_size": 16, "micro_batch_size": 2}
     words = lambda out, **more: tiny_arguments(data, tmp_path / out, **changes | more)
-    train_all(2, [words("whole", shard=True)])
-    for out in ("same", "one", "copied"):  # as if each had been stopped after step 9
+    train_all(processes, [words("whole", shard=True)])
+    for out in ("same", "one", "two", "copied"):  # as if each had been stopped after step 9
         (tmp_path / out).mkdir()
         for name in ("ckpt_0000009.pt", "config.json", "metrics.jsonl"):
             shutil.copy(tmp_path / "whole" / name, tmp_path / out)
-    train_all(2, [words("same", shard=True)])
+    train_all(processes, [words("same", shard=True)])
     train_all(1, [words("one")])
-    train_all(2, [words("copied")])
-    last = "ckpt_0000012.pt"
-    states = [read_checkpoint(tmp_path / out / last) for out in ("whole", "same", "one", "copied")]
+    train_all(2, [words("two", shard=True), words("copied")])
+    states = [read_checkpoint(tmp_path / out / "ckpt_0000012.pt") for out in ("whole", "same", "one", "two", "copied")]
     for state in states:
         for name in ("out_dir", "shard"):
             del state["config"][name]
