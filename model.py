@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 import oec
 import runtime.unembedding
 
-# The remedies against drifting logits: the settings that switch each of them on. config/*.py, tools.sweep and the names
-# of runs go by this table.
+# The remedies against drifting logits, and the settings that switch each of them on. tools.sweep and the names of runs read
+# this table; the files of config/ repeat it.
 METHODS = {
     "baseline": {"oec": "none", "z_loss_weight": 0.0, "logit_softcap": 0.0},
     "mu_loss": {"oec": "mu_loss", "mu_loss_weight": 1e-4},
@@ -55,7 +55,7 @@ class GPTConfig:
     final_norm_gain: bool = True  # train the gain of the last norm; False: it stays 1, and the logits can drift faster
     activation_checkpointing: bool = False  # keep only each block's input, compute the rest again in backward: less memory
 
-    # the method (oec.py); all combine freely
+    # the method (oec.py)
     oec: Literal["none", "mu_loss", "mu_centering", "mu_centering_step"] = "none"  # centering: in the forward pass, or after each step
     mu_loss_weight: float = 1e-4  # λ of μᵀμ, used when oec is mu_loss
     z_loss_weight: float = 0.0  # λ of mean (log Z)²; 0 is off

@@ -35,7 +35,7 @@ def mean_embedding(W: Tensor, vocab_size: int | None = None) -> Tensor:
     V, dtype = _real_size(W, vocab_size), torch.promote_types(W.dtype, torch.float32)
     if not _is_sharded(W):
         return _real_rows(W, V).mean(dim=0, dtype=dtype)
-    # Slicing would gather the whole weight on every process. `redistribute` moves nothing here; it makes the gradient sharded.
+    # Slicing would gather the whole weight on every process. `redistribute` sends nothing here; it keeps the gradient sharded.
     real = torch.where(_is_real(W, V), W, 0).redistribute(placements=W.placements)
     return (real.sum(dim=0, dtype=dtype) / V).full_tensor()
 
@@ -241,7 +241,7 @@ def _real_size(W: Tensor, vocab_size: int | None) -> int:
 
 def _real_rows(W: Tensor, vocab_size: int | None) -> Tensor:
     V = _real_size(W, vocab_size)
-    return W if V == W.shape[0] else W[:V]  # a whole slice would cost its gradient a copy
+    return W if V == W.shape[0] else W[:V]  # slicing all rows would copy the gradient
 
 
 def _is_real(W: Tensor, vocab_size: int) -> Tensor:
@@ -249,7 +249,7 @@ def _is_real(W: Tensor, vocab_size: int) -> Tensor:
 
 
 def _is_sharded(W: Tensor) -> bool:
-    return hasattr(W, "device_mesh")  # a DTensor, without the seconds that importing the class takes
+    return hasattr(W, "device_mesh")  # a DTensor; importing the class takes seconds
 
 
 def _beside(W: Tensor, tensor: Tensor) -> Tensor:

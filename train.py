@@ -35,7 +35,7 @@ from runtime.sharding import shard, whole
 
 @dataclass
 class TrainConfig(GPTConfig):
-    """Every setting. The defaults are the main job: a 124M GPT on OpenWebText, with GPT-2's batch and schedule."""
+    """Every setting. The defaults are the main job: a 124M GPT on OpenWebText, with nanoGPT's batch and schedule."""
 
     # data and output
     dataset: str = "openwebtext"  # a folder of data/ with train and val shards
@@ -84,7 +84,7 @@ class TrainConfig(GPTConfig):
     stop_on_write_error: bool = False  # stop when a checkpoint or metrics line cannot be written; False: continue
 
 
-# With another value of these it is another run, and its checkpoints cannot be resumed.
+# Another value of one of these makes another run: it cannot resume the checkpoints of this one.
 IDENTITY = (*ARCHITECTURE, "block_size", "final_norm_gain", "batch_size", "seed")
 
 
@@ -140,8 +140,8 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def evaluate(model, val: TokenWindows, config: TrainConfig, machine: Machine, stop: StopRequest) -> dict[str, float]:
-    """Averages over the same validation windows each time; {} if a request to stop cuts it short. Compiled, gradients stay
-    enabled: without them it is another graph, and compiling that takes longer than idle gradients."""
+    """Averages over the same validation windows each time; {} if a request to stop cuts it short. A compiled model keeps
+    gradients enabled: without them it would be compiled again, which takes longer than forming gradients for nothing."""
     windows = permute(np.arange(min(config.eval_sequences, len(val))), len(val), key=0)
     batches = [windows[at : at + config.micro_batch_size] for at in range(0, len(windows), config.micro_batch_size)]
     mine = [(len(batch), batch) for batch in batches[machine.rank :: machine.world_size]]
@@ -160,8 +160,8 @@ def evaluate(model, val: TokenWindows, config: TrainConfig, machine: Machine, st
 
 @torch.no_grad()
 def mu_metrics(model: GPT, dtype: torch.dtype) -> dict[str, float]:
-    """Of the output embeddings as the logits see them: ‖μ‖, its ratio to mean ‖e_i‖, that mean, ‖μ‖ as stored, and what their
-    cast to `dtype` costs (nats): Σ_k h_k² spacing(e_ik)² / 24, with the last norm's gain for h's root mean square."""
+    """mu_norm ‖μ‖ of the output embeddings as the logits see them · mean_norm mean ‖e_i‖ · mu_ratio their quotient ·
+    stored_mu_norm ‖μ‖ of the stored weight · cast_nats what casting W costs, Σ_k g_k² spacing(e_ik)² / 24, g the last norm's gain."""
     V, W, gain = model.config.vocab_size, whole(model.output_embedding()), whole(model.final_norm.weight)
     if model.config.logits_dtype == "float32" and not model.config.fused_unembedding:
         dtype = torch.float32  # the plain loss computes the whole product in it
@@ -211,7 +211,7 @@ class Trainer:
         with machine.together():
             if machine.rank == 0 and not self.is_done():
                 self.folder = RunFolder(self.out_dir, config, self.step, self.evaluated_step, damaged)
-        # The same parameters twice more: run by compiled code, and with gradients averaged over the processes.
+        # Two wrappers around the same parameters: one is compiled, the other averages gradients over the processes.
         self.compiled = torch.compile(self.model) if config.compile else self.model
         is_copied = machine.world_size > 1 and not config.shard
         self.parallel = DistributedDataParallel(self.compiled, broadcast_buffers=False) if is_copied else self.compiled
@@ -265,7 +265,7 @@ class Trainer:
         values["tokens_per_second"] = tokens_per_second
         values["mfu"] = tokens_per_second * self.model.flops_per_token() / (machine.peak_flops * machine.world_size)
         self.write_metrics("train", values)
-        # Centring would change nothing but the rounding, where no loss sees the shift.
+        # With z-loss, centring would change more than the rounding.
         is_advised = values["rounding_nats"] >= 0.01 and "centering" not in config.oec and not config.z_loss_weight
         advice = f": resume with --oec=mu_centering --out_dir={self.out_dir}" if is_advised else ""
         machine.say(f"step {self.step}/{config.max_steps} | {log_line(values, advice, seconds_left)}")

@@ -1,4 +1,4 @@
-# GPT-2's smallest size, with GPT-2's batch and schedule on OpenWebText: the same as train.py's defaults.
+# GPT-2's smallest size, with nanoGPT's batch and schedule on OpenWebText: the same as train.py's defaults.
 n_layer = 12
 n_head = 12
 n_embd = 768

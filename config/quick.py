@@ -1,5 +1,5 @@
-# The built-in demo: a small model on the Python standard library, under three minutes on two CPU cores. One layer and a
-# short context: in so few tokens a second layer learns less than the same time spent on more of them.
+# The built-in demo: a small model on the Python standard library, under three minutes on two CPU cores. In that time, one
+# layer and a short context on more tokens learn more than two layers on fewer.
 dataset = "stdlib"
 vocab_size = 4096
 block_size = 64

@@ -1,4 +1,4 @@
-"""Shards and their preparation. A `prepare.py` ends like a command from here on, before the imports that take seconds."""
+"""Shards and their preparation. A `prepare.py` installs the handlers of `end_cleanly` here, before the imports that take longer."""
 
 import sys
 

@@ -6,8 +6,8 @@ from runtime.errors import fail
 
 
 class HuggingFaceDocuments:
-    """Texts of a dataset's train split, or of a local folder of parquet or JSON files. A position in it is that of
-    `datasets`, which opens no file before it, with the commit (of a local folder: the hash) that it is for."""
+    """Texts of a dataset's train split, or of a local folder of parquet or JSON files. `state_dict` holds the position of
+    `datasets` in the stream and the dataset's commit (of a local folder, its hash). Resuming opens no file before the position."""
 
     def __init__(self, source: str, name: str | None):
         self.source, self.is_local, self.position = source, Path(source).is_dir(), None

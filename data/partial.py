@@ -84,7 +84,7 @@ def finish(partial: Path, out: Path, tokenizer: str, vocab_size: int, source: st
 
 
 def move_in(partial: Path, out: Path):
-    """The shards, then `meta.json`, into `out`; what a kill leaves undone here the next call does."""
+    """Moves the shards, then `meta.json`, into `out`. If it is killed, the next call moves the rest."""
     meta = json.loads((partial / "meta.json").read_text())
     for path in partial.glob("record.json*"):
         path.unlink()

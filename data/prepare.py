@@ -118,7 +118,8 @@ def prepare(
     A document is validation when the hash of its text says so: the split depends on neither order nor machine.
     Everything is written into `out/.partial` first and moved in at the end, so a killed preparation leaves nothing behind
     that looks finished, and the same call resumes from its last record, with the same bytes at the end. Ends the program
-    (exit 2) rather than overwrite shards that are there. `expected_tokens` is for the disk space and the time left alone.
+    (exit 2) rather than overwrite shards that are there. `expected_tokens` serves only to check the disk space and to estimate
+    the time left.
     """
     with partial_folder(out) as partial:
         if (partial / "meta.json").exists():  # whole, and killed while it was moved in

@@ -70,10 +70,10 @@ def read_checkpoint(path: Path) -> dict:
             if damaged := archive.testzip():  # torch.load does not look at the checksums
                 raise ValueError(f"the checksum of {damaged} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if isinstance(state.get("optimizer"), dict):  # as version 1 wrote it: one AdamW
+        if isinstance(state.get("optimizer"), dict):  # in version 1 there was one AdamW
             old = state.pop("optimizer")
             state["optimizers"] = [{"kind": "AdamW", **old}] if old else []
-        state.setdefault("evaluated_step", state.get("step"))  # older checkpoints were written after the evaluation
+        state.setdefault("evaluated_step", state.get("step"))  # version 1 saved after evaluating
         if wrong := [name for name, kind in PARTS.items() if not isinstance(state.get(name), kind)]:
             raise ValueError(f"it lacks a proper {', '.join(wrong)}")
         if state["step"] < 0 or path in checkpoints(path.parent) and int(path.stem[5:]) != state["step"]:
@@ -98,8 +98,8 @@ def find_checkpoint(out_dir: Path, resume: str) -> tuple[Path | None, dict[Path,
 
 
 def check_same_run(state: dict, now: dict, identity: tuple[str, ...], data: dict) -> list[str]:
-    """The settings that differ between a checkpoint and today, for people. ValueError where it is another run's: one of
-    `identity` differs, or the data."""
+    """The settings that differ between a checkpoint and `now`, for people. ValueError if the data or a setting in `identity`
+    differs: the checkpoint is of another run."""
     then = state["config"]
     changed = {name: f"{name} was {then[name]!r}, is {now[name]!r}" for name in then.keys() & now.keys() if then[name] != now[name]}
     other = [changed[name] for name in identity if name in changed]
@@ -187,8 +187,8 @@ def restore_optimizers(optimizers: list[torch.optim.Optimizer], saved: list[dict
 
 
 def fits(shape: torch.Size, parameter: torch.Size) -> bool:
-    """Whether an optimizer may keep a tensor of `shape` for a parameter: one of its shape, a scalar, one that is smaller in
-    some dimensions (factored or projected moments), or a table of its own."""
+    """Whether an optimizer may keep a tensor of `shape` for a parameter: a scalar, a tensor with another number of dimensions
+    and more than one element, or a tensor that is no larger in any dimension (factored or projected moments)."""
     if len(shape) == 0 or len(shape) != len(parameter):
         return shape.numel() != 1 or len(shape) == 0
     return all(a <= b for a, b in zip(shape, parameter))

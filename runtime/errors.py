@@ -21,7 +21,7 @@ def _end(kind: type, error: BaseException, trace):
         os._exit(141)  # as shells count the signal
     cause = error
     while cause and not isinstance(cause, KeyboardInterrupt):
-        cause = cause.__cause__ or cause.__context__  # what an interrupted import makes of it
+        cause = cause.__cause__ or cause.__context__  # an interrupted import wraps it in another error
     if cause is None:
         return sys.__excepthook__(kind, error, trace)
     os.write(2, b"nanoOEC: stopped\n")

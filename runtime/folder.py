@@ -82,9 +82,9 @@ held_locks = []  # open files: each lock lasts as long as this process
 
 
 def lock(folder: Path, doing: str, setting: str):
-    """Makes the folder, the value of `setting`, for this process alone: two that write one run would lose both. Ends the
-    program where another has it; one that was killed may take some seconds to be gone. A folder in which nothing was written
-    is removed at the end."""
+    """Creates `folder` and locks it for this process: two processes that write one run would lose both. `setting` is its name
+    in messages. Ends the program if another process keeps the lock for 15 seconds, which a killed one may need to be gone. If
+    nothing is written into a new folder, it is removed at exit."""
     is_new = not folder.exists()
     for attempt in range(30):
         try:
@@ -113,8 +113,8 @@ def remove_unused(folder: Path):
 
 
 class RunFolder:
-    """What process 0 writes while it trains. A full disk or a folder that turned read-only is said, and training
-    continues without; where it must not, or the setting `stop_on_write_error` says so, the program ends."""
+    """What process 0 writes while it trains. An error of the disk is reported, and training continues, unless the write is a
+    `must` or the setting `stop_on_write_error` is on: then the program ends."""
 
     def __init__(self, path: Path, config, step: int, evaluated_step: int, damaged: dict[Path, str]):
         """The run resumes from `step`, last evaluated at `evaluated_step`; `damaged` are newer checkpoints that cannot be read."""
@@ -190,7 +190,7 @@ def log_line(values: dict, advice: str, seconds_left: float) -> str:
 
 
 class Metrics:
-    """`metrics.jsonl`: one JSON object a line, in the order of steps, none twice whatever was killed when."""
+    """`metrics.jsonl`: one JSON object a line, in the order of steps, without duplicates after a kill."""
 
     def __init__(self, path: Path, step: int, evaluated_step: int):
         """Keeps the lines up to `step`, and evaluations up to `evaluated_step`: later ones were written after the checkpoint
@@ -232,7 +232,7 @@ def open_trackers(config, out_dir: Path, step: int) -> list:
 
         def show(values: dict, step: int):
             nonlocal writer
-            writer, working = None, writer or SummaryWriter(out_dir)  # one that the disk refused takes nothing more
+            writer, working = None, writer or SummaryWriter(out_dir)  # a writer that has failed cannot be used again
             for name, value in values.items():
                 working.add_scalar(name, value, step)
             working.flush()  # or a kill would take what waits

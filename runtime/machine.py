@@ -146,7 +146,7 @@ def check_compiler(is_wanted: bool, kind: str, package: str, names: tuple[str, .
         fail("compile=True needs Python's headers: install python3-dev, or use --compile=False")
 
 
-@cache  # which keeps the library: PyTorch takes an operator back when it is gone
+@cache  # keeps the library alive: PyTorch removes its operators when it is freed
 def multiply_bfloat16_in_float32() -> torch.library.Library:
     """bfloat16 matrix products for a CPU without units for them, on which PyTorch's own take ten times float32's time.
 
@@ -181,7 +181,7 @@ def store_of_this_start(rank: int, world_size: int) -> dist.Store:
     """Where the processes that torchrun has just started tell each other their addresses.
 
     torchrun restarts workers on the store they had (pytorch/pytorch#135712): a worker that reads an address of the
-    previous start waits for the dead. So each writes a new word, and all wait until all have seen the same words.
+    previous start waits for a process that is gone. So each writes a new word, and all wait until all have seen the same words.
     """
     store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=5)))
     store.set(f"word {rank}", secrets.token_hex(4))
@@ -228,8 +228,9 @@ class StopRequest:
 
 
 def average(passes: list[tuple[float, dict]], how: dict[str, str], machine: Machine) -> dict[str, torch.Tensor]:
-    """(weight, metrics) of forward passes on all processes, combined as `how` says of each: "mean", "max", or "std about"
-    another one that is its mean. What one pass over all their tokens would give; float64, without waiting for the device."""
+    """(weight, metrics) of forward passes on all processes, combined as `how` says of each metric: "mean", "max", or "std about
+    NAME", where NAME is the metric of the mean. The result is that of one pass over all tokens, in float64, without waiting
+    for the device."""
     if unknown := passes[0][1].keys() - how.keys():
         fail(f"GPT.forward returns the metric {sorted(unknown)[0]!r}: say in METRICS of model.py how it is combined")
     mean_of = {name: word.removeprefix("std about ") for name, word in how.items() if word.startswith("std about ")}

@@ -40,7 +40,7 @@ def read_settings(kind: type, argv: list[str]) -> dict:
 
 
 def read_config_file(kind: type, path: str) -> dict:
-    """The assignments of a config file. It is Python and it is run; its modules, functions, classes and _names are its own."""
+    """The assignments of a config file, which is executed. Modules, functions, classes and names that start with _ are left out."""
     if not os.path.isfile(path):
         fail(f"there is no config file {path}")
     try:

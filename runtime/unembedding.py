@@ -86,15 +86,16 @@ def _unembedding(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss, the other scalars of UnembeddingLoss, ∂(sum over tokens)/∂hidden and ∂/∂W, and 1/count.
 
-    Gradients are formed here, where the logits are, as sums over tokens. The 1/count waits for `backward` and float32:
-    half precision would lose it, since 1/N times a probability of one in 50,000 is below float16's smallest number.
+    Gradients are formed here, where the logits are, as sums over tokens. `backward` divides by the count, in float32: in half
+    precision 1/N times a probability of one in 50,000 is below float16's smallest number.
     """
     wide = torch.promote_types(dtype, torch.float32)
     softmax_pass = _compiled_softmax_pass() if compiled else _softmax_pass
     on_triton = _takes_triton(hidden.device, compiled) and wide == torch.float32 and cap <= LARGE_CAP
     (N, d), rows = hidden.shape, W.shape[0]
     chunk_rows = chunk_rows or choose_chunk_rows(N, rows, hidden.device.type)
-    # The second guard: the first call after a compilation runs without the keys it leaves out, and would be compiled for itself.
+    # The second guard makes all calls run under the same dispatch keys: the first call after compiling has others, and
+    # torch.compile would compile the softmax pass a second time for them.
     with torch.autocast(hidden.device.type, enabled=False), torch._C._AutoDispatchBelowADInplaceOrView():
         hidden_low, W_low = hidden.to(dtype), W.to(dtype)
         factor = W_low.T if stored == dtype else _wide_factor(W_low.T, wide)
@@ -110,7 +111,7 @@ def _unembedding(
                 _run_triton_kernel(logits, target, statistics[:, chunk], vocab_size, z_weight, cap, ignore_index, needs_grad)
             else:
                 real = logits[:, :vocab_size]
-                if compiled:  # for any number of tokens, once
+                if compiled:  # once, for any number of tokens
                     torch._dynamo.maybe_mark_dynamic(real, 0)
                     torch._dynamo.maybe_mark_dynamic(target, 0)
                 statistics[:, chunk] = softmax_pass(real, target, z_weight, cap, ignore_index, wide, needs_grad)
@@ -156,7 +157,7 @@ def _(hidden, W, targets, vocab_size, z_weight, cap, ignore_index, chunk_rows, d
 
 
 def _save_gradients(ctx, inputs, output):
-    ctx.set_materialize_grads(False)  # None for an output that nothing was made of
+    ctx.set_materialize_grads(False)  # None for an unused output
     ctx.save_for_backward(*output[2:])
     ctx.dtypes = inputs[0].dtype, inputs[1].dtype
 
@@ -174,7 +175,7 @@ def _scale_gradients(ctx, grad_loss, *grads_of_others):
 _unembedding.register_autograd(_scale_gradients, setup_context=_save_gradients)
 
 
-# An operator, since a compiled backward pass has gradients of all outputs: zeros for those that nothing was made of.
+# An operator, since a compiled backward pass has gradients of all outputs: zeros for unused ones.
 @torch.library.custom_op("nanooec::refuse_gradient", mutates_args=())
 def _refuse(grad: Tensor) -> Tensor:
     """0, a scalar, for a gradient of zeros; raises for any other."""
@@ -289,7 +290,7 @@ if triton:
             is_real = lanes < V - start
             raw = tl.load(place, mask=lanes < WIDTH - start, other=0.0)  # a mask of V, an odd number, would make loads narrow
             place += BLOCK
-            l = tl.where(is_real, _capped(raw.to(tl.float32), CAP), reference)  # in padding a logit that changes no statistic
+            l = tl.where(is_real, _capped(raw.to(tl.float32), CAP), reference)  # padding takes a value that adds zero to the sums
             before, highest = highest, tl.maximum(highest, tl.max(l))
             total = total * tl.exp(before - highest) + tl.where(is_real, tl.exp(l - highest), 0.0)
             lowest = tl.minimum(lowest, l)

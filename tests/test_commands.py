@@ -16,7 +16,7 @@ from tests.conftest import PATIENCE, ROOT, tiny_arguments, tiny_folder, train_on
 from tools.sweep import read_sweep
 
 TOOLS = ("sample", "sweep", "plot", "bench", "memory", "why", "drift", "export_hf", "import_hf")
-SCRIPTS = ("train.py", *(f"data/{name}/prepare.py" for name in ("text", "openwebtext", "fineweb")))
+SCRIPTS = ("train.py", *(f"data/{name}/prepare.py" for name in ("text", "openwebtext", "fineweb", "stdlib")))
 
 
 def command(name: str, *words) -> list[str]:

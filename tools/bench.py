@@ -229,11 +229,11 @@ def work(spec: dict):
     for request in sys.stdin:
         answer = {}
         if request == "round\n":
-            step()  # fetches again what the others have pushed out of caches and memory
+            step()  # warms up again after the others' turns
             waited[0] = 0.0
             answer["seconds"] = timed(n_steps)
             answer["loader_share"] = waited[0] / n_steps / answer["seconds"]
-            torch.cuda.empty_cache()  # the card's memory is the next one's
+            torch.cuda.empty_cache()  # frees the card's memory for the next contender
         elif request == "memory\n":
             answer["bytes"] = torch.cuda.max_memory_allocated() if is_cuda else resident()["VmHWM:"] - before
         elif request == "save\n":

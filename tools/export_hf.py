@@ -87,7 +87,7 @@ def as_json(value: dict) -> bytes:
 
 
 def is_tied(config: GPTConfig) -> bool:
-    """μ-centering makes input and output matrix two, of a tied one too."""
+    """Whether the export has one matrix. A tied model with μ-centering has two: μ is subtracted from the output embedding only."""
     return config.tie_weights and config.oec != "mu_centering"
 
 

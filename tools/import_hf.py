@@ -3,7 +3,7 @@
     python -m tools.import_hf FOLDER weights.pt
     python train.py --init_from=weights.pt ...
 
-What tools/export_hf.py writes comes back bit for bit. The folder's other models must be what model.py can express.
+What tools/export_hf.py writes comes back bit for bit. Other StableLM models must have an architecture that model.py has too.
 """
 
 import argparse

@@ -152,8 +152,8 @@ def write_sweep(out: Path, rows: list[dict]):
 
 
 def sensitivities(rows: list[dict]) -> list[float]:
-    """The learning-rate sensitivity of one method's rows, a value for each seed: with a learning rate that a seed was not run
-    at, the mean of the seeds that were. Empty for a single learning rate."""
+    """The learning-rate sensitivity of one method's rows, a value for each seed. Where a seed was not run at a learning rate, the
+    mean over the other seeds takes its place. Empty for a single learning rate."""
     losses = {}  # learning rate → seed → loss
     for row in rows:
         losses.setdefault(float(row["learning_rate"]), {})[row.get("seed")] = float(row["test_loss"])

@@ -3,6 +3,7 @@
 `train.py` prepares it by itself on first use.
 """
 
+import argparse
 import sys
 import sysconfig
 from pathlib import Path
@@ -24,7 +25,7 @@ def documents():
 
 
 def cut(source: str, at_definition: int = 2_000, anywhere: int = 4_000):
-    """At the first top-level definition after so many characters, or, in a table, at the first line after more.
+    """Cuts at the first top-level definition after `at_definition` characters, or at the first line after `anywhere` characters.
 
     Documents of about one size make the validation split a fair sample: whole files would put the long tables of
     character encodings, a seventh of all text and easy to predict, into the train split alone.
@@ -47,4 +48,5 @@ def main():
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     main()
