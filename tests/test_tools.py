@@ -17,7 +17,9 @@ import torch
 
 import runtime.unembedding
 from tests.conftest import PATIENCE, ROOT, fails_in_one_line, metrics_of, run_command, tiny_arguments, train_on_text
+from tools import bench
 from tools.sweep import lr_sensitivity, read_sweep
+from train import load_config
 
 has_matplotlib = importlib.util.find_spec("matplotlib") is not None
 
@@ -236,6 +238,25 @@ def test_bench_measures_and_writes_json(tmp_path):
     results = json.loads((tmp_path / "bench.json").read_text())
     assert [row["name"] for row in results["step"]] == ["baseline", "mu_centering"] and results["head"][0]["name"] == "three products"
     assert all(seconds > 0 for part in ("step", "head", "loader", "checkpoint") for row in results[part] for seconds in row["seconds"])
+
+
+@pytest.mark.slow
+def test_at_most_two_contenders_hold_a_gpu(tmp_path, monkeypatch):
+    """As the bench would compare them where there is a GPU; the contenders themselves run on a CPU."""
+    words = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--vocab_size=300", "--block_size=32", "--batch_size=2", "--micro_batch_size=2", "--device=cpu"]
+    bench.write_data(tmp_path, load_config(words))
+    running, most = [], []
+
+    def make(name: str):
+        running[:] = [contender for contender in running if contender.process.poll() is None]
+        running.append(bench.Contender(name, words, tmp_path, 0.01, kind="head"))
+        most.append(len(running))
+        return running[-1]
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    rows = bench.compare("head", [lambda name=name: make(name) for name in ("three products", "plain", "baseline")], 2)
+    assert [row["name"] for row in rows] == ["three products", "plain", "baseline"] and max(most) == 2 and len(most) == 4
+    assert all(row["ratio"] > 0 for row in rows)
 
 
 @pytest.mark.skipif(not has_matplotlib, reason="figures need: pip install matplotlib")
