@@ -61,7 +61,7 @@ class GPTConfig:
     z_loss_weight: float = 0.0  # λ of mean (log Z)²; 0 is off
     logit_softcap: float = 0.0  # c of c·tanh(logit/c); 0 is off
     fused_unembedding: bool = True  # the lean loss; False: the plain one of oec.py, whose every entry can be differentiated
-    logits_dtype: Literal["auto", "float32"] = "auto"  # auto: that of the matrix products; float32: not rounded to it
+    logits_dtype: Literal["auto", "float32"] = "auto"  # auto: stored in the dtype of the matrix products; float32: in float32
 
     @property
     def padded_vocab_size(self) -> int:
@@ -120,7 +120,7 @@ class Block(nn.Module):
 
 
 def rotary_angles(block_size: int, head_size: int) -> tuple[Tensor, Tensor]:
-    """cos and sin of position × frequency for half of a head's dimensions, each (T, 1, D/2), D/2 in two equal halves."""
+    """cos and sin of position × frequency for half of a head's dimensions, each (T, 1, D/2); the last dimension repeats D/4 angles."""
     rotated = head_size // 2
     frequency = ROPE_BASE ** (-torch.arange(0, rotated, 2, dtype=torch.float64) / rotated)
     angle = torch.outer(torch.arange(block_size, dtype=torch.float64), frequency).repeat(1, 2)[:, None]
@@ -226,7 +226,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def after_step(self):
-        """The paper's procedure, under `mu_centering_step`: project μ out of the stored matrix after each optimizer step."""
+        """The paper's procedure, under `mu_centering_step`: subtract μ from the stored matrix after each optimizer step."""
         if self.config.oec == "mu_centering_step":
             oec.center_(self.unembedding.weight, self.config.vocab_size)
 

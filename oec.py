@@ -43,11 +43,10 @@ def mean_embedding(W: Tensor, vocab_size: int | None = None) -> Tensor:
 def center(W: Tensor, vocab_size: int | None = None, detach_mean: bool = False) -> Tensor:
     """e_i − μ on the real rows, padding rows untouched; differentiable; shape and dtype of `W` (paper, §4).
 
-    In the forward pass it leaves probabilities, loss and ∂L/∂h as they were, with tied weights too.
-
-    Its exact gradient subtracts the mean of ∂L/∂W from every row. Where the loss does not see the shift (no z-loss, no
-    soft-cap) that mean is zero but for rounding, and in low precision the rounding is larger than the gradients of rare
-    tokens. `detach_mean` passes the gradient on as it is: the same in exact arithmetic, and without that error.
+    Without z-loss and soft-cap it leaves probabilities, loss and ∂L/∂h as they were, with tied weights too. Then the rows of
+    the gradient sum to zero but for rounding, and the exact backward pass, which subtracts their mean from every row, adds
+    only a rounding error. In low precision this error is larger than the gradients of rare tokens. `detach_mean` skips the
+    subtraction.
     """
     mu = mean_embedding(W, vocab_size)
     shift = _beside(W, mu.detach() if detach_mean else mu)
@@ -158,8 +157,8 @@ def rounding_nats(logit_rms: Tensor, dtype: torch.dtype = torch.bfloat16) -> Ten
 
     Neighbouring numbers of `dtype` around size s are spacing(s) apart. Rounding adds an error of variance spacing²/12 to
     each logit, and independent errors of variance v add v/2 to E[log Z − l_target]: spacing(s)²/24 in all. It
-    overstates the cost above about half a nat, and is nan where `dtype` overflows. Shape of `logit_rms`, at least float32,
-    without a gradient.
+    overstates the cost above about half a nat, and is nan where `dtype` overflows. The result has the shape of `logit_rms`, at
+    least float32, and no gradient.
     """
     info = torch.finfo(dtype)
     size = logit_rms.detach().to(torch.promote_types(logit_rms.dtype, torch.float32)).abs()
@@ -175,7 +174,7 @@ def diagnose(hidden: Tensor, W: Tensor, vocab_size: int | None = None) -> dict[s
     hidden (…, d) final hidden states of real text, W (padded_vocab, d) the unembedding weight as the model uses it.
     logit_mean · token_mean_std the spread over tokens of a token's mean logit · logit_std · logit_absmax ·
     mu_norm ‖μ‖ · mu_ratio ‖μ‖ / mean ‖e_i‖ · cosine of μ with the mean hidden state ·
-    rounding_nats_bfloat16 and rounding_nats_float16, the loss (nats) if the logits are stored in that dtype.
+    rounding_nats_bfloat16 and rounding_nats_float16, what is added to the loss (nats) if the logits are stored in that dtype.
     Computed in float32 (float64 for float64 input), a chunk of tokens at a time. ValueError for shapes that do not fit.
     """
     if hidden.ndim < 2 or hidden.shape[-1:] != W.shape[1:] or hidden.numel() == 0:

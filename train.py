@@ -1,4 +1,4 @@
-"""Train a GPT with Output Embedding Centering, with one of its baselines, or with neither.
+"""Train a GPT with Output Embedding Centering, with another remedy against drifting logits, or with none.
 
     torchrun train.py config/oec.py                                 the main job, one process
     torchrun --nproc_per_node=8 train.py config/oec.py              the same run on eight GPUs
@@ -76,7 +76,7 @@ class TrainConfig(GPTConfig):
     compile: bool = True  # torch.compile the model
     deterministic: bool = False  # the same bits on every run on a GPU, somewhat slower; a CPU gives them anyway
     seed: int = 1337  # of the initial weights and of the order of samples
-    shard: bool = False  # share out weights, gradients and moments over the processes (FSDP2), for a model that one cannot hold
+    shard: bool = False  # share out weights, gradients and moments over the processes (FSDP2), for a model that one GPU cannot hold
     shard_size: int = 0  # how many processes hold one copy of the model; 0: all
 
     # faults
@@ -84,7 +84,7 @@ class TrainConfig(GPTConfig):
     stop_on_write_error: bool = False  # stop when a checkpoint or metrics line cannot be written; False: continue
 
 
-# Another value of one of these makes another run: it cannot resume the checkpoints of this one.
+# A checkpoint can be resumed only with the same values of these.
 IDENTITY = (*ARCHITECTURE, "block_size", "final_norm_gain", "batch_size", "seed")
 
 
@@ -141,7 +141,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 def evaluate(model, val: TokenWindows, config: TrainConfig, machine: Machine, stop: StopRequest) -> dict[str, float]:
     """Averages over the same validation windows each time; {} if a request to stop cuts it short. A compiled model keeps
-    gradients enabled: without them it would be compiled again, which takes longer than forming gradients for nothing."""
+    gradients enabled: without them it would be compiled again, which takes longer than the unused gradients."""
     windows = permute(np.arange(min(config.eval_sequences, len(val))), len(val), key=0)
     batches = [windows[at : at + config.micro_batch_size] for at in range(0, len(windows), config.micro_batch_size)]
     mine = [(len(batch), batch) for batch in batches[machine.rank :: machine.world_size]]
@@ -217,7 +217,7 @@ class Trainer:
         self.parallel = DistributedDataParallel(self.compiled, broadcast_buffers=False) if is_copied else self.compiled
 
     def update(self, batches) -> dict[str, Tensor]:
-        """One step: this process's share of the batch forward and backward, then the optimizers. The averaged metrics."""
+        """One step: this process's share of the batch forward and backward, then the optimizers. Returns the averaged metrics."""
         config, machine = self.config, self.machine
         n_passes = config.batch_size // (config.micro_batch_size * machine.world_size)
         passes = []
