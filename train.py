@@ -24,8 +24,8 @@ import oec
 from data.shards import Loader, TokenWindows, dataset_folder, open_dataset, permute, prepare_built_in, samples_of_process
 from model import ARCHITECTURE, GPT, METHODS, METRICS, WEIGHTS, GPTConfig, check_model_config
 from runtime.checkpoint import find_checkpoint, load_weights, restore, state_of
-from runtime.errors import diverged, end_cleanly, fail
-from runtime.folder import RunFolder, first_line, log_line, open_out_dir, run_name
+from runtime.errors import end_cleanly, fail
+from runtime.folder import RunFolder, diverged, first_line, log_line, open_out_dir, run_name, way_back
 from runtime.machine import Machine, StopRequest, average, errors_for_people, start_machine
 from runtime.settings import check_settings, print_help, read_settings
 from runtime.sharding import shard, whole
@@ -66,7 +66,7 @@ class TrainConfig(GPTConfig):
     log_interval: int = 10  # steps between log lines
     eval_interval: int = 1_000  # steps between evaluations; 0: only at the end
     eval_sequences: int = 480  # validation windows of an evaluation, always the same ones
-    checkpoint_interval: int = 0  # steps between checkpoints; 0: at every evaluation
+    checkpoint_interval: int = 0  # steps between checkpoints, a multiple of eval_interval; 0: at every evaluation
     tensorboard: bool = False  # show metrics.jsonl in TensorBoard too: tensorboard --logdir out
     wandb_project: str = ""  # show it in this project of Weights & Biases too; empty: off
 
@@ -260,14 +260,12 @@ class Trainer:
         """A line for people and one for metrics.jsonl, of this step alone."""
         config, machine = self.config, self.machine
         values = {name: value.item() for name, value in metrics.items()} | mu_metrics(self.model, machine.dtype)
-        values["lr"] = learning_rate(config, self.step - 1)
-        values["bad_steps"] = self.bad_steps
-        values["tokens_per_second"] = tokens_per_second
+        values |= {"lr": learning_rate(config, self.step - 1), "bad_steps": self.bad_steps, "tokens_per_second": tokens_per_second}
         values["mfu"] = tokens_per_second * self.model.flops_per_token() / (machine.peak_flops * machine.world_size)
         self.write_metrics("train", values)
-        # With z-loss, centring would change more than the rounding.
+        # With z-loss, centring would change more than the rounding. A loss above that of guessing has other causes.
         is_advised = values["rounding_nats"] >= 0.01 and "centering" not in config.oec and not config.z_loss_weight
-        advice = f": resume with --oec=mu_centering --out_dir={self.out_dir}" if is_advised else ""
+        advice = f": resume with --oec=mu_centering --out_dir={self.out_dir}" if is_advised and values["cross_entropy"] < math.log(config.vocab_size) else ""
         machine.say(f"step {self.step}/{config.max_steps} | {log_line(values, advice, seconds_left)}")
 
     def write_metrics(self, split: str, values: dict):
@@ -289,7 +287,8 @@ class Trainer:
         """What is due after this step; True on a request to stop. The resumed run makes up for an evaluation that is cut short."""
         config, machine = self.config, self.machine
         is_last, save_interval = self.step == config.max_steps, config.checkpoint_interval or config.eval_interval
-        is_save = is_last or save_interval and self.step % save_interval == 0
+        # While steps are left out, no checkpoint takes the place of an earlier one.
+        is_save = is_last or save_interval and self.step % save_interval == 0 and not self.bad_in_row
         if self.is_evaluation_due() and (values := evaluate(self.compiled, self.val_data, config, machine, self.stop)):
             values |= mu_metrics(self.model, machine.dtype)
             if is_save and values["cross_entropy"] < self.best_loss:
@@ -297,6 +296,9 @@ class Trainer:
             self.write_metrics("val", values)
             machine.say(f"step {self.step}/{config.max_steps} | validation loss {values['cross_entropy']:.4f}")
             self.evaluated_step = self.step
+            if is_last and not math.isfinite(values["cross_entropy"]):
+                machine.say(f"diverged: the last validation loss is not finite. {way_back(self)}")
+                raise SystemExit(3)
         is_stopping = self.stop.agreed()
         if is_save or is_stopping:
             state = state_of(self)  # by all processes: of a sharded model each has a part
@@ -330,8 +332,7 @@ class Trainer:
                 self.log(metrics, tokens / max(now - logged_at, 1e-9), (config.max_steps - self.step) * pace)
                 logged_step, logged_at = self.step, time.monotonic()
             if self.bad_in_row == config.max_bad_steps:
-                rate = learning_rate(config, self.first_bad["step"] - 1)
-                machine.say(diverged(self.first_bad, self.bad_in_row, rate, mu_metrics(self.model, machine.dtype)["stored_mu_norm"]))
+                machine.say(diverged(self, mu_metrics(self.model, machine.dtype)["stored_mu_norm"]))
                 raise SystemExit(3)
 
             # once in a while: evaluate and save

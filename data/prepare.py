@@ -39,7 +39,7 @@ def load_tokenizer(name: str, folder: Path = Path()) -> tiktoken.Encoding:
         try:
             return tiktoken.get_encoding(name)
         except (OSError, ValueError) as error:
-            fail(f"the vocabulary of {name!r} cannot be fetched ({type(error).__name__}): set TIKTOKEN_CACHE_DIR to a copy")
+            fail(f"the vocabulary of {name!r} cannot be fetched ({type(error).__name__}): set TIKTOKEN_CACHE_DIR to a copy, or use --tokenizer=bytes")
     path = folder / name
     try:
         lines = [line.split() for line in path.read_bytes().splitlines() if line.strip()]

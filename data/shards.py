@@ -107,7 +107,7 @@ class TokenWindows:
             fail(f"{split} in {folder} is shorter than one window of {block_size + 1} tokens: {hint}")
         for path, sample in zip(self.paths, self.samples()):
             if sample.max() >= vocab_size:
-                fail(f"{path} holds token {sample.max()}, beyond vocab_size={vocab_size}: set vocab_size to the dataset's")
+                fail(f"{path} holds token {sample.max()}, beyond vocab_size={vocab_size}: give --vocab_size, the number of tokens of the data's tokenizer")
 
     def __len__(self) -> int:
         return int(self.first_window[-1])

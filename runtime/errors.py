@@ -1,7 +1,6 @@
 """Errors for people: one line that says what is wrong, where, and what to do."""
 
 import atexit
-import math
 import os
 import select
 import sys
@@ -64,14 +63,3 @@ def fail(message: str):
 def one_line(error: BaseException) -> str:
     """The kind of an error and the first line of its message."""
     return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
-
-
-def diverged(first: dict, in_row: int, rate: float, mu_norm: float) -> str:
-    """What went bad first, for a run that stops: the metrics of the first of the steps in a row that were left out."""
-    name = next((name for name in ("logit_absmax", "loss") if not math.isfinite(first[name])), "grad_norm")
-    state = ", ".join(f"{name} {first[name]:.4g}" for name in ("loss", "grad_norm", "logit_mean", "logit_absmax"))
-    return (
-        f"diverged: {in_row} steps in a row had no finite loss and gradient and were left out. {name} went bad first, at step "
-        f"{first['step']}: {state}, lr {rate:.4g}, ‖μ‖ {mu_norm:.4g}. Resume from the last checkpoint with a lower learning "
-        "rate, or use config/oec.py"
-    )

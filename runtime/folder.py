@@ -15,7 +15,7 @@ from datetime import timedelta
 from itertools import count
 from pathlib import Path
 
-from runtime.checkpoint import checkpoints, save_checkpoint, write_whole
+from runtime.checkpoint import checkpoint_path, checkpoints, save_checkpoint, write_whole
 from runtime.errors import fail, one_line
 
 
@@ -45,6 +45,8 @@ def open_out_dir(out_dir: Path, resume: str) -> str:
     lock(out_dir, "training into", "out_dir")
     earlier, is_ours, has_run = refuse_others(out_dir)  # again, since another process may have had the folder until now
     has_checkpoint = bool(checkpoints(out_dir))
+    if has_run and is_ours and not has_checkpoint and resume == "auto":
+        print(f"{out_dir} has no checkpoint yet: starting from the first step", flush=True)
     if has_checkpoint and not is_ours:
         print(f"{out_dir}/config.json is missing or damaged: writing it again", flush=True)
 
@@ -183,10 +185,27 @@ def log_line(values: dict, advice: str, seconds_left: float) -> str:
     if values["rounding_nats"] > 0.001:
         parts.append(f"rounding costs {values['rounding_nats']:.3f} nats{advice}")
     if values["bad_steps"]:
-        parts.append(f"{values['bad_steps']} bad steps")
+        parts.append(f"bad steps: {values['bad_steps']}")
     if values["tokens_per_second"]:
         parts.append(f"{timedelta(seconds=round(seconds_left))} left")
     return " | ".join(parts)
+
+
+def diverged(trainer, mu_norm: float) -> str:
+    """Where a run broke that stops: the metrics of the first of the steps in a row that were left out."""
+    first = trainer.first_bad
+    values = ", ".join(f"{name} {first[name]:.4g}" for name in ("loss", "grad_norm", "logit_mean", "logit_absmax"))
+    return (
+        f"diverged: {trainer.bad_in_row} steps in a row had no finite loss and gradient and were left out. The first was step "
+        f"{first['step']}: {values}, stored ‖μ‖ {mu_norm:.4g}. {way_back(trainer)}"
+    )
+
+
+def way_back(trainer) -> str:
+    """What to do about a run that has diverged."""
+    best = checkpoint_path(trainer.out_dir, trainer.best_step)
+    begin = f"Continue with --resume={best} --out_dir=ANOTHER" if trainer.best_step else "Start in another --out_dir"
+    return f"{begin}, with a lower --learning_rate or a longer --warmup_steps; docs/when_something_fails.md helps to find the cause"
 
 
 class Metrics:

@@ -79,8 +79,8 @@ def value_type(kind: type, key: str, where: str = "") -> type:
     if key in NANOGPT_NAMES:
         fail(f"{key} is nanoGPT's name{where}: here it is {NANOGPT_NAMES[key]}")
     nearest = difflib.get_close_matches(key, known, n=1)
-    hint = f"did you mean {nearest[0]}? " if nearest else ""
-    fail(f"unknown setting {key!r:.80}{where}: {hint}(--help lists all)")
+    hint = f": did you mean {nearest[0]}?" if nearest else ""
+    fail(f"unknown setting {key!r:.80}{where}{hint} (--help lists all)")
 
 
 AT_LEAST_ONE = ("batch_size", "micro_batch_size", "max_steps", "log_interval", "eval_sequences", "max_bad_steps")
@@ -91,7 +91,7 @@ def check_settings(config):
     for field in fields(config):
         value = getattr(config, field.name)
         if get_origin(field.type) is Literal and value not in get_args(field.type):
-            fail(f"{field.name}={value!r:.80} is none of {', '.join(get_args(field.type))}")
+            fail(f"{field.name}={value!r:.80} is not one of: {', '.join(get_args(field.type))}")
         least, limit = (1 if field.name in AT_LEAST_ONE else 0), (2**31 if field.type is int else math.inf)
         if field.type in (int, float) and not least <= value < limit:
             fail(f"{field.name}={value} must be a finite number of at least {least}")
@@ -104,11 +104,11 @@ def check_settings(config):
     if config.min_learning_rate > config.learning_rate:
         fail(f"min_learning_rate={config.min_learning_rate} is above learning_rate={config.learning_rate}")
     if config.warmup_steps >= config.max_steps:
-        fail(f"warmup_steps={config.warmup_steps} must be below max_steps={config.max_steps}")
+        fail(f"warmup_steps={config.warmup_steps} must be below max_steps={config.max_steps}: lower --warmup_steps")
     if not 0 < config.decay_fraction <= 1:
         fail(f"decay_fraction={config.decay_fraction} must be above 0 and at most 1")
     if config.eval_interval and config.checkpoint_interval % config.eval_interval:
-        fail(f"checkpoint_interval={config.checkpoint_interval} must be a multiple of eval_interval={config.eval_interval}")
+        fail(f"checkpoint_interval={config.checkpoint_interval} must be a multiple of eval_interval={config.eval_interval}: lower --eval_interval")
     for package, is_wanted in {"tensorboard": config.tensorboard, "wandb": config.wandb_project}.items():
         if is_wanted and getattr(find_spec(package), "origin", None) is None:  # a mere folder of that name has none
             fail(f"{package} is not installed: pip install {package}, or leave its setting out")
@@ -124,9 +124,11 @@ def check_settings(config):
         fail(f"shard_size={config.shard_size} needs shard=True")
     together = config.micro_batch_size * world_size
     if config.batch_size % together:
+        fits = math.gcd(config.batch_size // world_size, config.micro_batch_size)
+        example = f", for example --micro_batch_size={fits}" if config.batch_size % world_size == 0 else ""
         fail(
             f"batch_size={config.batch_size} must be divisible by {together}, micro_batch_size={config.micro_batch_size} "
-            f"on each of {together // config.micro_batch_size} processes: change one of the three"
+            f"on each of {world_size} processes: change one of the three{example}"
         )
 
 

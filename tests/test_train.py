@@ -15,7 +15,7 @@ import torch
 import train
 from data.shards import Loader, open_dataset, samples_of_process
 from model import GPT, METHODS, METRICS, WEIGHTS, GPTConfig
-from runtime.checkpoint import read_checkpoint, save_weights
+from runtime.checkpoint import checkpoints, read_checkpoint, save_weights
 from runtime.folder import run_name
 from runtime.settings import read_config_file
 from runtime.machine import Machine, multiply_bfloat16_in_float32, peak_flops, start_machine
@@ -461,13 +461,28 @@ def test_peak_rates_by_the_names_of_gpus(name, flops):
     assert peak_flops(name) == pytest.approx(flops, nan_ok=True)
 
 
+BREAKS = {"learning_rate": 1e30, "min_learning_rate": 0.0, "max_steps": 40, "grad_clip": 0.0, "warmup_steps": 0}
+
+
 def test_too_many_bad_steps_in_a_row_end_the_run_with_3(data, tmp_path, train_here, capsys):
+    """Started again, too; and the steps that are left out write no checkpoint over an earlier one."""
+    arguments = tiny_arguments(data, tmp_path / "out", **BREAKS, max_bad_steps=6, eval_interval=1)
+    for attempt in range(2):
+        with pytest.raises(SystemExit) as end:
+            train_here(arguments)
+        assert end.value.code == 3
+        last = capsys.readouterr().out.strip().splitlines()[-1]
+        assert last.startswith("diverged: 6 steps in a row") and "The first was step" in last and "--learning_rate" in last
+    first_bad = int(re.search(r"The first was step (\d+)", last)[1])
+    assert [read_checkpoint(path)["step"] for path in checkpoints(tmp_path / "out")] == list(range(1, first_bad))[-2:]
+
+
+def test_a_run_whose_last_validation_loss_is_not_finite_ends_with_3(data, tmp_path, train_here, capsys):
     with pytest.raises(SystemExit) as end:
-        options = {"learning_rate": 1e30, "min_learning_rate": 0.0, "max_bad_steps": 3, "max_steps": 40, "grad_clip": 0.0}
-        train_here(tiny_arguments(data, tmp_path / "out", **options))
-    assert end.value.code == 3
+        train_here(tiny_arguments(data, tmp_path / "out", **BREAKS | {"max_steps": 8}, max_bad_steps=20, eval_interval=0))
+    assert end.value.code == 3 and not checkpoints(tmp_path / "out")
     last = capsys.readouterr().out.strip().splitlines()[-1]
-    assert last.startswith("diverged: 3 steps in a row") and "went bad first" in last and "‖μ‖" in last
+    assert last.startswith("diverged: the last validation loss is not finite. Start in another --out_dir, with a lower --learning_rate")
 
 
 def test_the_loader_is_far_faster_than_the_demo_trains(tmp_path):

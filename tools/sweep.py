@@ -167,7 +167,7 @@ def sensitivities(rows: list[dict]) -> list[float]:
 
 def summary(rows: list[dict]) -> str:
     """A row a method: best loss, learning-rate sensitivity (median and range over seeds), time per step over baseline."""
-    lines = ["| method | λ | learning rates | best loss | at | LRS | over seeds | diverged | time per step / baseline |", "| --- " * 9 + "|"]
+    lines = ["| method | λ | learning rates | best loss | at | learning-rate sensitivity | over seeds | diverged | time per step / baseline |", "| --- " * 9 + "|"]
     pace = {}
     for method, weight in dict.fromkeys((row["method"], row["lambda"]) for row in rows):
         mine = [row for row in rows if (row["method"], row["lambda"]) == (method, weight)]
@@ -226,7 +226,8 @@ def run_cells(cells: list[Cell], rows: list[dict], out: Path, jobs: int):
 
 def rows_word(rows: list[dict], cell: Cell) -> str:
     row = next(row for row in rows if tuple(row[name] for name in COLUMNS[:4]) == cell.key)
-    return f"{row['status']}, test loss {float(row['test_loss']):.4f}"
+    counts_as = "the loss before training, " if row["status"] == "diverged" else ""
+    return f"{row['status']}, test loss {counts_as}{float(row['test_loss']):.4f}"
 
 
 def numbers(text: str) -> list[str]:
