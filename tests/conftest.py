@@ -17,6 +17,8 @@ from data.shards import shard_header
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("OEC_SHARED", ROOT.parent / "shared"))
+# A shell starts programs in the background with Ctrl-C ignored, and the programs of the tests would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 PATIENCE = 1200  # seconds after which a program counts as hung, on however slow or busy a machine
 VOCAB = 300  # not a multiple of 128: padding rows exist
 
