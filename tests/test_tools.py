@@ -156,6 +156,7 @@ def test_a_sweep_is_killed_and_goes_on(data, tmp_path):
         (["--learning_rates", "-1"], "-1"),
         (["--seeds", "one"], "--seeds"),
         (["--jobs", "99"], "--jobs"),
+        (["--learning_rates", "1e-2,1e-9", "--min_learning_rate=1e-5"], "min_learning_rate=1e-05 is above learning_rate=1e-09"),
         (["--n_layers=3"], "n_layer"),
     ),
 )
