@@ -65,6 +65,13 @@ def test_sample_refuses_what_is_no_model(run_folder, tmp_path, refusal):
         refusal("sample", *arguments)
 
 
+def test_a_diverged_model_is_not_sampled_from(run_folder, tmp_path, refusal):
+    state = torch.load(run_folder / "ckpt_0000008.pt", weights_only=True)
+    state["model"]["unembedding.weight"][5] = math.nan
+    torch.save(state, tmp_path / "ckpt_0000008.pt")
+    assert "are not finite: the run has diverged" in refusal("sample", tmp_path / "ckpt_0000008.pt")
+
+
 def test_sample_asks_for_the_tokenizer_that_the_data_does_not_name(tmp_path, refusal, capsys, monkeypatch):
     """nanoGPT's shakespeare_char has no meta.json: GPT-2's words would be ones that the model never saw."""
     folder, out = tmp_path / "characters", tmp_path / "out"

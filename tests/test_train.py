@@ -477,6 +477,12 @@ def test_too_many_bad_steps_in_a_row_end_the_run_with_3(data, tmp_path, train_he
     assert [read_checkpoint(path)["step"] for path in checkpoints(tmp_path / "out")] == list(range(1, first_bad))[-2:]
 
 
+def test_centring_is_not_advised_where_the_loss_is_above_that_of_guessing(data, tmp_path, train_here, capsys):
+    train_here(tiny_arguments(data, tmp_path / "out", oec="none", dtype="bfloat16", learning_rate=30.0, grad_clip=0.0, warmup_steps=0))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "rounding costs" in line]
+    assert lines and not any("resume with --oec" in line for line in lines)
+
+
 def test_a_run_whose_last_validation_loss_is_not_finite_ends_with_3(data, tmp_path, train_here, capsys):
     with pytest.raises(SystemExit) as end:
         train_here(tiny_arguments(data, tmp_path / "out", **BREAKS | {"max_steps": 8}, max_bad_steps=20, eval_interval=0))
