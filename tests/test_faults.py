@@ -132,7 +132,7 @@ def test_kill_9_at_any_moment_loses_nothing(undisturbed, tmp_path, kills, compil
     print(f"kills {dict(died)}, runs {finished + 1}")
 
 
-@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT))
+@pytest.mark.parametrize("number", (signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)))
 def test_a_signal_saves_and_leaves_with_0(undisturbed, tmp_path, number):
     data, expected = undisturbed
     out = tmp_path / "out"
@@ -165,7 +165,10 @@ def workers_of(run: subprocess.Popen) -> list[int]:
     return [int(pid) for pid in children if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
-@pytest.mark.parametrize("receiver, number, status", (("worker", signal.SIGTERM, 0), ("torchrun", signal.SIGTERM, 1), ("torchrun", signal.SIGKILL, -9)))
+@pytest.mark.parametrize(
+    "receiver, number, status",
+    (("worker", signal.SIGTERM, 0), pytest.param("torchrun", signal.SIGTERM, 1, marks=pytest.mark.slow), pytest.param("torchrun", signal.SIGKILL, -9, marks=pytest.mark.slow)),
+)
 def test_a_signal_stops_all_processes_with_a_checkpoint(data, tmp_path, receiver, number, status):
     """The workers stop in order and leave with 0; torchrun itself, when it is the one told to end, reports 1."""
     out = tmp_path / "out"

@@ -239,6 +239,7 @@ distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_a_weight_sharded_over_two_processes(tmp_path):
     """By FSDP2: μ, its loss, their gradients and centring are those of the whole weight, and so is training with them."""
     script = tmp_path / "sharded.py"

@@ -88,6 +88,7 @@ def test_a_sharded_run_is_the_unsharded_run(data, tmp_path, train_all, processes
     assert load_model(tmp_path / "sharded0")[0].num_parameters() == load_model(tmp_path / "one0")[0].num_parameters()
 
 
+@pytest.mark.slow
 def test_a_sharded_run_is_the_copied_run(data, tmp_path, train_all):
     train_all(2, [tiny_arguments(data, tmp_path / name, shard=name == "sharded") for name in ("copied", "sharded")])
     assert_same_losses(tmp_path / "copied", tmp_path / "sharded", 1e-5)
