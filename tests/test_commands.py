@@ -52,6 +52,7 @@ def test_help_into_a_closed_pipe_without_unicode(name):
     os.close(writing)
 
 
+@pytest.mark.slow
 def test_a_sample_of_characters_that_the_terminal_does_not_have(run_folder):
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run(command("sample", run_folder, "--prompt", "日本", "--tokens", 3), cwd=ROOT, capture_output=True, text=True, env=environment)

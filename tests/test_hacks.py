@@ -80,6 +80,7 @@ def test_a_remedy_made_of_a_statistic(hacked, data, tmp_path, train_here):
     assert refused.returncode != 0 and "--fused_unembedding=False" in refused.stderr
 
 
+@pytest.mark.slow
 def test_grouped_query_attention(hacked, data, tmp_path, train_here):
     """Fewer parameters train; the memory model counts them, and the export, which cannot express them, refuses."""
     project = hacked("grouped_query_attention", most=12)
