@@ -494,8 +494,10 @@ def kill_after_records(command: list, out: Path, times: int) -> dict[str, tuple]
             time.sleep(0.002)
         time.sleep(dice.uniform(0, 0.2))
         run.kill()
-        if run.wait() == 0:  # it was over before the kill
+        status = run.wait()
+        if status == 0:  # it was over before the kill
             break
+        assert status == -9, f"the preparation failed with {status}"
         finished |= finished_shards(out / ".partial", shard_tokens)
     assert finished, "the preparation was over before a shard was finished and a kill came: give it more documents"
     return finished
