@@ -61,7 +61,7 @@ def unembedding_loss(
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():  # torch.func.grad and its like
         raise RuntimeError(REFUSAL)
     device, dtype = hidden.device.type, hidden.dtype
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and dtype != torch.float64:
+    if device != "meta" and torch.is_autocast_enabled(device) and dtype != torch.float64:  # the meta device has no autocast
         dtype = torch.get_autocast_dtype(device)
     stored = torch.promote_types(dtype, logits_dtype or dtype)
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or W.requires_grad)
@@ -108,7 +108,9 @@ def _unembedding(
             h, target = hidden_low[chunk], targets[chunk]
             logits = _multiply(h, factor, out=buffer[: len(h)])
             if on_triton:
-                _run_triton_kernel(logits, target, statistics[:, chunk], vocab_size, z_weight, cap, ignore_index, needs_grad)
+                grad_logits = logits if stored == dtype or not needs_grad else torch.empty_like(logits, dtype=dtype)
+                to_write = grad_logits if needs_grad else None
+                _run_triton_kernel(logits, to_write, target, statistics[:, chunk], vocab_size, z_weight, cap, ignore_index)
             else:
                 real = logits[:, :vocab_size]
                 if compiled:  # once, for any number of tokens
@@ -117,8 +119,8 @@ def _unembedding(
                 statistics[:, chunk] = softmax_pass(real, target, z_weight, cap, ignore_index, wide, needs_grad)
                 if needs_grad:
                     logits[:, vocab_size:] = 0
+                    grad_logits = logits.to(dtype)
             if needs_grad:
-                grad_logits = logits.to(dtype)
                 torch.mm(grad_logits, W_low, out=grad_hidden[chunk])
                 _add_product(grad_W, grad_logits.T, h, is_first=first == 0)
         if N == 0:
@@ -246,57 +248,77 @@ def _compiled_softmax_pass():
 
 # --- the same pass for CUDA ----------------------------------------------------------------------
 
-TRITON_BLOCK, TRITON_WARPS = 4096, 8  # 16 logits a thread at a time, in loads of 16 bytes
-
-
 def _takes_triton(device: torch.device, compiled: bool) -> bool:
     return triton is not None and device.type == "cuda" and compiled  # it needs a C compiler, as torch.compile does
 
 
-def _run_triton_kernel(logits, target, statistics, vocab_size, z_weight, cap, ignore_index, needs_grad):
-    """`_softmax_pass` of `logits` (rows, padded_vocab), contiguous, into `statistics` (5, rows); padding columns become 0."""
+def _run_triton_kernel(logits, grad_logits, target, statistics, vocab_size, z_weight, cap, ignore_index):
+    """`_softmax_pass` of `logits` (rows, padded_vocab), contiguous, into `statistics` (5, rows) and, unless it is None, into
+    `grad_logits` (rows, padded_vocab), which may be `logits`; its padding columns become 0."""
     with torch.cuda.device_of(logits):
         _triton_softmax_pass[(len(logits),)](
-            logits, target.contiguous(), statistics, statistics.stride(0), z_weight, ignore_index, V=vocab_size,
-            WIDTH=logits.shape[1], CAP=cap, NEEDS_GRAD=needs_grad, BLOCK=TRITON_BLOCK, num_warps=TRITON_WARPS,
+            logits, grad_logits, target.contiguous(), statistics, statistics.stride(0), z_weight, ignore_index,
+            V=vocab_size, WIDTH=logits.shape[1], CAP=cap, **_launch_options(logits.element_size()),
         )  # fmt: skip
+
+
+def _launch_options(logit_bytes: int) -> dict[str, int]:
+    """16 logits a thread at a time, in loads of 16 bytes; 16 KiB a block, which was the fastest on an H100."""
+    return {"BLOCK": 16384 // logit_bytes, "LOAD": 16 // logit_bytes, "num_warps": 32 // logit_bytes}
 
 
 if triton:
 
     @triton.jit
     def _capped(raw, CAP: tl.constexpr):
+        raw = raw.to(tl.float32)
         return 2 * CAP * tl.sigmoid(raw * (2 / CAP)) - CAP if CAP > 0 else raw
 
     @triton.jit
+    def _add_logits(l, is_real, reference, highest, lowest, total, moment_1, moment_2):
+        """Adds l (threads, LOAD) to the statistics (threads,): one maximum for the logits a thread loads at a time."""
+        before, highest = highest, tl.maximum(highest, tl.max(l, axis=1))
+        exponentials, centred = tl.exp(l - highest[:, None]), l - reference
+        if is_real is not None:
+            exponentials = tl.where(is_real, exponentials, 0.0)
+        total = total * tl.exp(before - highest) + tl.sum(exponentials, axis=1)
+        moment_1 += tl.sum(centred, axis=1)
+        moment_2 += tl.sum(centred * centred, axis=1)
+        return highest, tl.minimum(lowest, tl.min(l, axis=1)), total, moment_1, moment_2
+
+    @triton.jit
+    def _before_cap(grad, l, CAP: tl.constexpr):
+        return grad * (1 - (l / CAP) * (l / CAP)) if CAP > 0 else grad
+
+    @triton.jit
     def _triton_softmax_pass(
-        logits, targets, statistics, stride, z_weight, ignore_index, V: tl.constexpr, WIDTH: tl.constexpr,
-        CAP: tl.constexpr, NEEDS_GRAD: tl.constexpr, BLOCK: tl.constexpr,
+        logits, grad_logits, targets, statistics, stride, z_weight, ignore_index, V: tl.constexpr, WIDTH: tl.constexpr,
+        CAP: tl.constexpr, BLOCK: tl.constexpr, LOAD: tl.constexpr,
     ):  # fmt: skip
-        """One program a token, two passes over its logits: statistics, then the gradient in place."""
+        """One program a token, two passes over its logits: statistics, then the gradient. A thread loads LOAD neighbours, 16 bytes,
+        at a time, and threads meet after the loops. Only the last block of a row has padding and needs masks."""
         row = tl.program_id(0).to(tl.int64)
-        line, lanes = logits + row * WIDTH, tl.arange(0, BLOCK)
+        line = logits + row * WIDTH
+        LAST: tl.constexpr = (V - 1) // BLOCK * BLOCK  # the last block with real logits starts here
+        lanes = tl.arange(0, BLOCK // LOAD)[:, None] * LOAD + tl.arange(0, LOAD)[None, :]
+        is_real, is_stored = lanes < V - LAST, lanes < WIDTH - LAST  # a mask of V, an odd number, would make loads narrow
         target = tl.load(targets + row).to(tl.int32)
         is_counted = target != ignore_index
         is_token = (target >= 0) & (target < V)
-        l_target = _capped(tl.load(line + tl.where(is_token, target, 0)).to(tl.float32), CAP)
+        l_target = _capped(tl.load(line + tl.where(is_token, target, 0)), CAP)
         l_target = tl.where(is_counted & ~is_token, float("nan"), l_target)  # a wrong target is seen in the loss
-        reference = _capped(tl.load(line).to(tl.float32), CAP)  # moments about it do not cancel when all logits drift together
+        reference = _capped(tl.load(line), CAP)  # moments about it do not cancel when all logits drift together
 
-        highest, place = -float("inf"), line + lanes
-        total, lowest = tl.zeros([BLOCK], tl.float32), tl.full([BLOCK], float("inf"), tl.float32)
-        moment_1, moment_2 = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-        for start in range(0, WIDTH, BLOCK):
-            is_real = lanes < V - start
-            raw = tl.load(place, mask=lanes < WIDTH - start, other=0.0)  # a mask of V, an odd number, would make loads narrow
-            place += BLOCK
-            l = tl.where(is_real, _capped(raw.to(tl.float32), CAP), reference)  # padding takes a value that adds zero to the sums
-            before, highest = highest, tl.maximum(highest, tl.max(l))
-            total = total * tl.exp(before - highest) + tl.where(is_real, tl.exp(l - highest), 0.0)
-            lowest = tl.minimum(lowest, l)
-            moment_1 += l - reference
-            moment_2 += (l - reference) * (l - reference)
-        log_sum, mean = tl.log(tl.sum(total)), tl.sum(moment_1) / V
+        highest, lowest = tl.full([BLOCK // LOAD], -float("inf"), tl.float32), tl.full([BLOCK // LOAD], float("inf"), tl.float32)
+        total, moment_1, moment_2 = tl.zeros_like(highest), tl.zeros_like(highest), tl.zeros_like(highest)
+        for start in range(0, LAST, BLOCK):
+            l = _capped(tl.load(line + start + lanes), CAP)
+            highest, lowest, total, moment_1, moment_2 = _add_logits(l, None, reference, highest, lowest, total, moment_1, moment_2)
+        last = _capped(tl.load(line + LAST + lanes, mask=is_stored, other=0.0), CAP)
+        last = tl.where(is_real, last, reference)  # padding takes a value that adds zero to the moments
+        highest, lowest, total, moment_1, moment_2 = _add_logits(last, is_real, reference, highest, lowest, total, moment_1, moment_2)
+        of_threads, highest = highest, tl.max(highest)
+        log_sum, mean = tl.log(tl.sum(total * tl.exp(of_threads - highest))), tl.sum(moment_1) / V
         log_z = highest + log_sum
         statistics += row
         tl.store(statistics, log_z)
@@ -305,17 +327,20 @@ if triton:
         tl.store(statistics + 3 * stride, tl.sum(moment_2) / V - mean * mean)
         tl.store(statistics + 4 * stride, tl.maximum(tl.abs(highest), tl.abs(tl.min(lowest))))
 
-        if NEEDS_GRAD:
-            factor, place = 1 + 2 * z_weight * log_z, line + lanes
-            for start in range(0, WIDTH, BLOCK):
-                raw = tl.load(place, mask=lanes < WIDTH - start, other=0.0)
-                l = _capped(raw.to(tl.float32), CAP)
-                grad = tl.exp(l - highest - log_sum) * factor - tl.where(lanes == target - start, 1.0, 0.0)
-                if CAP > 0:
-                    grad *= 1 - (l / CAP) * (l / CAP)
-                grad = tl.where((lanes < V - start) & is_counted, grad, 0.0)
-                tl.store(place, grad.to(logits.dtype.element_ty), mask=lanes < WIDTH - start)
-                place += BLOCK
+        if grad_logits is not None:
+            factor = tl.where(is_counted, 1 + 2 * z_weight * log_z, 0.0)
+            grad_line = grad_logits + row * WIDTH  # `store` rounds to its dtype
+            for start in range(0, LAST, BLOCK):
+                l = _capped(tl.load(line + start + lanes), CAP)
+                grad = _before_cap(tl.exp(l - highest - log_sum) * factor, l, CAP)
+                tl.store(grad_line + start + lanes, grad)
+            grad = tl.where(is_real, _before_cap(tl.exp(last - highest - log_sum) * factor, last, CAP), 0.0)
+            tl.store(grad_line + LAST + lanes, grad, mask=is_stored)
+            for start in range(LAST + BLOCK, WIDTH, BLOCK):
+                tl.store(grad_line + start + lanes, tl.zeros_like(grad), mask=lanes < WIDTH - start)
+            tl.debug_barrier()  # the target's gradient is written after all others
+            at_target = _before_cap(tl.exp(l_target - highest - log_sum) * factor - 1, l_target, CAP)
+            tl.store(grad_line + target, at_target, mask=is_counted & is_token)
 
 
 def _reduce(statistics, counted, z_weight, cap, stored):

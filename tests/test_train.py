@@ -525,7 +525,8 @@ def test_resume_on_a_gpu_is_exact_when_deterministic(data, tmp_path, train_here)
 
 
 @pytest.mark.gpu
-def test_a_step_waits_for_the_gpu_once(data, tmp_path, train_here, monkeypatch):
+@pytest.mark.parametrize("compiled", (False, True))
+def test_a_step_waits_for_the_gpu_once(data, tmp_path, train_here, monkeypatch, compiled):
     """CUDA's own check: an operation that synchronises warns."""
     original, waits = train.Trainer.update, []
 
@@ -541,7 +542,8 @@ def test_a_step_waits_for_the_gpu_once(data, tmp_path, train_here, monkeypatch):
             waits.append(sum("synchroniz" in str(warning.message) for warning in caught))
 
     monkeypatch.setattr(train.Trainer, "update", update)
-    train_here(tiny_arguments(data, tmp_path / "out", device="cuda", dtype="bfloat16", max_steps=20, log_interval=20, eval_interval=20))
+    options = {"max_steps": 20, "log_interval": 20, "eval_interval": 20, "compile": compiled}
+    train_here(tiny_arguments(data, tmp_path / "out", device="cuda", dtype="bfloat16", **options))
     assert set(waits) == {1}
 
 

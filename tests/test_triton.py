@@ -66,7 +66,7 @@ def problem(tokens: int, vocab_size: int, padded: int, scale: float = 1.0, shift
 @numbers
 @pytest.mark.parametrize("cap", (0.0, 5.0, 60.0))
 @pytest.mark.parametrize("z_weight", (0.0, 0.1))
-@pytest.mark.parametrize("tokens, vocab_size, padded", ((7, 300, 384), (1, 5, 128), (5, 1, 128), (3, 4096, 4096), (4, 4097, 4224), (6, 8500, 8576), (5, 77, 77)))
+@pytest.mark.parametrize("tokens, vocab_size, padded", ((7, 300, 384), (1, 5, 128), (5, 1, 128), (3, 4096, 4096), (4, 4097, 4224), (6, 8500, 8576), (5, 77, 77), (3, 100, 8576)))
 def test_equals_the_plain_loss(on_triton, cap, z_weight, tokens, vocab_size, padded):
     hidden, W, targets = problem(tokens, vocab_size, padded)
     targets[1::3] = -1
@@ -127,11 +127,12 @@ def compiled(capability: int, logits: str, cap: float, folder: Path) -> tuple[st
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature = {"logits": f"*{logits}", "targets": "*i64", "statistics": "*fp32", "stride": "i32", "z_weight": "fp32", "ignore_index": "i32"}
-    constants = {"V": 50257, "WIDTH": 50304, "CAP": cap, "NEEDS_GRAD": True, "BLOCK": lean.TRITON_BLOCK}
-    aligned = {(place,): [["tt.divisibility", 16]] for place in (0, 1)}  # as PyTorch's allocator gives them
+    signature = {"logits": f"*{logits}", "grad_logits": "*bf16", "targets": "*i64", "statistics": "*fp32", "stride": "i32", "z_weight": "fp32", "ignore_index": "i32"}
+    options = lean._launch_options({"bf16": 2, "fp32": 4}[logits])
+    constants = {"V": 50257, "WIDTH": 50304, "CAP": cap, "BLOCK": options["BLOCK"], "LOAD": options["LOAD"]}
+    aligned = {(place,): [["tt.divisibility", 16]] for place in (0, 1, 2)}  # as PyTorch's allocator gives them
     source = ASTSource(lean._triton_softmax_pass, signature | dict.fromkeys(constants, "constexpr"), constants, aligned)
-    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": lean.TRITON_WARPS})
+    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": options["num_warps"]})
     (folder / "kernel.cubin").write_bytes(binary.asm["cubin"])
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     run = lambda *command: subprocess.run([*map(str, command), str(folder / "kernel.cubin")], capture_output=True, text=True, check=True).stdout
@@ -155,13 +156,13 @@ def loops(machine_code: str) -> list[list[str]]:
 
 @machine_code
 @pytest.mark.parametrize("capability", (80, 90, 100))
-@pytest.mark.parametrize("logits, cap, most", (("bf16", 0.0, 45), ("fp32", 0.0, 45), ("bf16", 30.0, 75)))
+@pytest.mark.parametrize("logits, cap, most", (("bf16", 0.0, 30), ("fp32", 0.0, 30), ("bf16", 30.0, 60)))
 def test_instructions_a_logit(tmp_path, capability, logits, cap, most):
     """Of both passes together; two reads and one write, none narrower than 8 bytes, nothing spilled."""
     code, stack = compiled(capability, logits, cap, tmp_path)
     passes = loops(code)
     assert len(passes) == 2 and stack == 0
-    per_thread = lean.TRITON_BLOCK / (32 * lean.TRITON_WARPS)
+    per_thread = 16
     counts = [len(instructions) / per_thread for instructions in passes]
     print(f"sm_{capability} {logits} cap {cap:g}: {' + '.join(f'{count:.1f}' for count in counts)} instructions a logit")
     assert sum(counts) <= most
@@ -169,4 +170,4 @@ def test_instructions_a_logit(tmp_path, capability, logits, cap, most):
     assert all(re.search(r"\.(64|128)\b", x.split("desc")[0].split("[")[0]) and "LDL" not in x and "STL" not in x for x in sum(moved, []))
     bytes_a_logit = lambda kind: sum(int(re.search(r"\.(64|128)\b", x)[1]) / 8 for x in sum(moved, []) if kind in x) / per_thread
     width = {"bf16": 2, "fp32": 4}[logits]
-    assert (bytes_a_logit("LDG"), bytes_a_logit("STG")) == (2 * width, width)
+    assert (bytes_a_logit("LDG"), bytes_a_logit("STG")) == (2 * width, 2)  # gradients are bfloat16 in all of them

@@ -102,7 +102,7 @@ def test_any_number_of_tokens_is_compiled_once():
 def test_a_chunk_of_logits_is_the_largest_thing_ever_held(monkeypatch, compiled):
     """Three products a chunk, none computed twice, none of more rows than the chunk has."""
     hidden, W, targets = problem()
-    function = torch.compile(unembedding_loss) if compiled else unembedding_loss
+    function = torch.compile(unembedding_loss, fullgraph=True) if compiled else unembedding_loss
     function(hidden, W, targets, vocab_size=V, chunk_rows=5)
     shapes = []
     for owner, name in ((torch, "mm"), (torch.Tensor, "addmm_")):
@@ -124,7 +124,7 @@ def test_the_logits_are_never_in_memory_together(compiled):
     """Compiled too, where a compiler that fuses chunks would hold them all: 256 MiB here."""
     hidden, W = torch.randn(4096, 8).requires_grad_(), torch.randn(16384, 8).requires_grad_()
     targets = torch.randint(0, 16384, (4096,))
-    function = torch.compile(unembedding_loss) if compiled else unembedding_loss
+    function = torch.compile(unembedding_loss, fullgraph=True) if compiled else unembedding_loss
 
     def peak_above_resident() -> float:
         Path("/proc/self/clear_refs").write_text("5")
@@ -279,7 +279,7 @@ def test_every_number_beside_float64(device, dtype, tolerance, cap, z_weight, ro
     hidden, W = (x.to(dtype).float().requires_grad_() for x in (hidden, W))
     options = {"z_loss_weight": z_weight, "soft_cap": cap}
     expected = reference(hidden.double(), W.double(), targets, **options)
-    function = torch.compile(unembedding_loss) if compiled else unembedding_loss
+    function = torch.compile(unembedding_loss, fullgraph=True) if compiled else unembedding_loss
     with torch.autocast(device, dtype, enabled=dtype != torch.float32):
         parts = function(hidden, W, targets, vocab_size=V, chunk_rows=rows, **options)
     for name, a, b in zip(parts._fields, parts, expected):

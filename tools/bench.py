@@ -273,39 +273,50 @@ class Contender:
 
 
 def compare(title: str, makers: list, rounds: int) -> list[dict]:
-    """Starts all contenders, then lets them have their turns: a row each, ratios to the first, round by round.
-    On a GPU two hold the card at a time: the first, and each of the others after another."""
-    if torch.cuda.is_available() and len(makers) > 2:
-        pairs = [compare(title, [makers[0], other], rounds) for other in makers[1:]]
-        return [pairs[0][0], *(rows[1] for rows in pairs)]
-    at_once = max(1, available_cores() // 2)  # compiling takes a few cores each
-    contenders = []
-    for group in (makers[i : i + at_once] for i in range(0, len(makers), at_once)):
-        started = [make() for make in group]
+    """The first contender and the others have their turns: a row each, ratios to the first, round by round.
+    On a GPU two hold the card at a time: the first, and the others one after another."""
+    first = start(title, makers[:1])[0]
+    at_once = 1 if torch.cuda.is_available() else len(makers)
+    rows = []
+    for at in range(1, max(2, len(makers)), at_once):
+        others = start(title, makers[at : at + at_once])
+        began = time.perf_counter()
+        for turn in range(rounds):
+            for contender in (first, *others):
+                contender.times.append(contender.ask("round"))
+            left = (time.perf_counter() - began) / (turn + 1) * (rounds - turn - 1)
+            progress(f"{title}: round {turn + 1} of {rounds}, {left:.0f} s left")
+        rows += [row(contender, first.times[-rounds:]) for contender in others]
+    rows = [row(first, first.times), *rows]
+    progress("")
+    return rows
+
+
+def start(title: str, makers: list) -> list:
+    """Contenders that have compiled and wait for their turns; half as many start at once as there are cores."""
+    contenders, at_once = [], max(1, available_cores() // 2)
+    for at in range(0, len(makers), at_once):
+        started = [make() for make in makers[at : at + at_once]]
         for contender in started:
             contender.facts = contender.answer()
             progress(f"{title}: {contender.name} is ready after {contender.facts['first_step']:.0f} s")
         contenders += started
-    began = time.perf_counter()
-    for turn in range(rounds):
-        for contender in contenders:
-            contender.times.append(contender.ask("round"))
-        left = (time.perf_counter() - began) / (turn + 1) * (rounds - turn - 1)
-        progress(f"{title}: round {turn + 1} of {rounds}, {left:.0f} s left")
-    rows = []
-    for contender in contenders:
-        seconds = [turn["seconds"] for turn in contender.times]
-        ratios = [a / b["seconds"] for a, b in zip(seconds, contenders[0].times)]
-        facts, median = contender.facts, statistics.median(seconds)
-        rows.append({
-            "name": contender.name, "seconds": seconds, "ratio": statistics.median(ratios), "ratio_range": [min(ratios), max(ratios)],
-            "tokens_per_second": facts["tokens"] / median, "bytes": contender.ask("memory")["bytes"], "first_step": facts["first_step"],
-            "loader_share": statistics.median(turn["loader_share"] for turn in contender.times),
-            "mfu": facts.get("flops_per_token", 0) * facts["tokens"] / median / facts.get("peak_flops", float("nan")), **facts,
-        })  # fmt: skip
-        contender.end()
-    progress("")
-    return rows
+    return contenders
+
+
+def row(contender, times_of_first: list[dict]) -> dict:
+    """Of a contender that has had its turns, and now ends."""
+    seconds = [turn["seconds"] for turn in contender.times]
+    ratios = [a / b["seconds"] for a, b in zip(seconds, times_of_first)]
+    facts, median = contender.facts, statistics.median(seconds)
+    peak = contender.ask("memory")["bytes"]
+    contender.end()
+    return {
+        "name": contender.name, "seconds": seconds, "ratio": statistics.median(ratios), "ratio_range": [min(ratios), max(ratios)],
+        "tokens_per_second": facts["tokens"] / median, "bytes": peak, "first_step": facts["first_step"],
+        "loader_share": statistics.median(turn["loader_share"] for turn in contender.times),
+        "mfu": facts.get("flops_per_token", 0) * facts["tokens"] / median / facts.get("peak_flops", float("nan")), **facts,
+    }  # fmt: skip
 
 
 def progress(text: str):

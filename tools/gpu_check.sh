@@ -13,7 +13,7 @@ python=$(command -v python || command -v python3) || { echo "gpu_check: there is
   { echo "gpu_check: $python has no PyTorch that finds a CUDA GPU" >&2; exit 2; }
 out=${2-}
 needs_folder() { [ -n "$out" ] && mkdir -p "$out" || { echo "gpu_check: name a folder for the JSON files" >&2; exit 2; }; }
-quick="--rounds 5 --seconds 1"
+quick="--rounds 5 --seconds 0.5"
 worst=0
 run() { "$python" -m "$@" || { status=$?; [ $status -gt $worst ] && worst=$status; }; }
 case ${1-} in
@@ -22,7 +22,7 @@ case ${1-} in
   tables)
     needs_folder
     run tools.bench config/gpt2_124m.py --micro_batch_size=16 --batch_size=16 ${3:+--peer nanogpt=$3} $quick \
-      --parts step,head,loader --methods baseline,mu_centering,softcap --json "$out/gpu-124m.json" ;;
+      --parts step,head,loader --json "$out/gpu-124m.json" ;;
   more_tables)
     needs_folder
     run tools.bench config/paper_109m.py --micro_batch_size=24 --batch_size=24 ${3:+--peer oec=$3} $quick \
