@@ -11,6 +11,7 @@ import os
 import queue
 import re
 import threading
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,7 @@ def open_shard(path: Path) -> np.ndarray:
             tokens = np.memmap(path, dtype=np.uint16, mode="r")
             if len(tokens) > 16 and tokens[:4096].any() and not tokens[1:4096:2].any():  # the upper halves of small numbers
                 fail(f"{path} has no header and every second uint16 in it is 0: are its tokens 32 bits wide? write them as uint16")
-            return tokens
+            return np.asarray(tokens)  # slices of a memmap object take longer
         expected_version, token_type = FORMATS[magic]
         expected = 4 * HEADER_INTS + n_tokens * np.dtype(token_type).itemsize
         if version != expected_version or n_tokens < 0:
@@ -62,7 +63,7 @@ def open_shard(path: Path) -> np.ndarray:
             fail(f"{path} is {size} bytes and its header says {expected} ({n_tokens} tokens): truncated; prepare the data again")
         if n_tokens == 0:
             fail(f"{path} holds no token; prepare the data again")
-        return np.memmap(path, dtype=token_type, mode="r", offset=4 * HEADER_INTS, shape=(n_tokens,))
+        return np.asarray(np.memmap(path, dtype=token_type, mode="r", offset=4 * HEADER_INTS, shape=(n_tokens,)))
     except OSError as error:
         fail(f"{path} cannot be read: {error.strerror or error}")
 
@@ -246,14 +247,21 @@ class Loader:
         from torch import from_numpy  # here, since preparing data can do without the seconds that importing torch takes
 
         try:
-            for samples in self.batches:
-                tokens = from_numpy(self.data.read(windows_of_samples(samples, len(self.data), self.seed)))
+            for windows in self._windows():
+                tokens = from_numpy(self.data.read(windows))
                 self._put(tokens.pin_memory() if self.device.type == "cuda" else tokens)
                 if self.stopped.is_set():
                     return
             self._put(None)
         except BaseException as error:  # raised again where the batch is awaited
             self._put(error)
+
+    def _windows(self):
+        """Those of each batch. Of many at once: while this thread is in Python, the main thread cannot launch the next step."""
+        batches = iter(self.batches)
+        while group := list(islice(batches, 64)):
+            windows = windows_of_samples(np.concatenate(group), len(self.data), self.seed)
+            yield from np.split(windows, np.cumsum([len(samples) for samples in group])[:-1])
 
     def _put(self, item):
         while not self.stopped.is_set():
