@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 import oec
 import runtime.unembedding
 
-# The remedies against drifting logits, and the settings that switch each of them on. tools.sweep and the names of runs read
-# this table; the files of config/ repeat it.
+# The remedies against drifting logits, and the settings that switch each of them on. tools.sweep and `run_name` read this
+# table. The files of config/ repeat it.
 METHODS = {
     "baseline": {"oec": "none", "z_loss_weight": 0.0, "logit_softcap": 0.0},
     "mu_loss": {"oec": "mu_loss", "mu_loss_weight": 1e-4},
@@ -30,7 +30,7 @@ METHODS = {
     "z_loss": {"z_loss_weight": 1e-4},
     "softcap": {"logit_softcap": 30.0},
 }
-WEIGHTS = {"mu_loss": "mu_loss_weight", "z_loss": "z_loss_weight", "softcap": "logit_softcap"}  # the settings of their strength
+WEIGHTS = {"mu_loss": "mu_loss_weight", "z_loss": "z_loss_weight", "softcap": "logit_softcap"}  # the setting that holds a method's strength
 
 # How each metric of GPT.forward is combined over micro-batches and processes. One that is not here is refused.
 METRICS = {
@@ -60,7 +60,7 @@ class GPTConfig:
     mu_loss_weight: float = 1e-4  # λ of μᵀμ, used when oec is mu_loss
     z_loss_weight: float = 0.0  # λ of mean (log Z)²; 0 is off
     logit_softcap: float = 0.0  # c of c·tanh(logit/c); 0 is off
-    fused_unembedding: bool = True  # the lean loss; False: the plain one of oec.py, whose every entry can be differentiated
+    fused_unembedding: bool = True  # the loss in little memory; False: the plain one of oec.py, all entries of which have a gradient
     logits_dtype: Literal["auto", "float32"] = "auto"  # auto: stored in the dtype of the matrix products; float32: in float32
 
     @property
@@ -120,7 +120,7 @@ class Block(nn.Module):
 
 
 def rotary_angles(block_size: int, head_size: int) -> tuple[Tensor, Tensor]:
-    """cos and sin of position × frequency for half of a head's dimensions, each (T, 1, D/2); the last dimension repeats D/4 angles."""
+    """cos and sin of position × frequency, each (T, 1, D/2): half of a head's dimensions are rotated, by D/4 angles, listed twice."""
     rotated = head_size // 2
     frequency = ROPE_BASE ** (-torch.arange(0, rotated, 2, dtype=torch.float64) / rotated)
     angle = torch.outer(torch.arange(block_size, dtype=torch.float64), frequency).repeat(1, 2)[:, None]
@@ -213,11 +213,11 @@ class GPT(nn.Module):
             metrics["mu_loss"] = oec.mu_loss(self.unembedding.weight, config.vocab_size)
             loss = loss + config.mu_loss_weight * metrics["mu_loss"]
         metrics["loss"] = loss
-        # Detached here, inside the compiled graph: a backward pass through the lean loss's statistics would be refused.
+        # Detached inside the compiled graph. Outside, the compiled backward pass would send gradients into the statistics.
         return loss, {name: value.detach() for name, value in metrics.items()}
 
     def output_embedding(self) -> Tensor:
-        """The matrix the logits come from: under `mu_centering`, e_i − μ of the stored one."""
+        """The matrix that the logits are computed with: the stored one, or e_i − μ of it under `mu_centering`."""
         W, config = self.unembedding.weight, self.config
         if config.oec != "mu_centering":
             return W

@@ -30,12 +30,12 @@ from torch import Tensor
 def mean_embedding(W: Tensor, vocab_size: int | None = None) -> Tensor:
     """μ = (1/V) Σ_i e_i over the real rows of `W (padded_vocab, d)`: shape (d,), at least float32 (paper, §2).
 
-    For a DTensor, as FSDP2 shards weights, it is the whole μ on every process, a plain tensor.
+    If W is a DTensor (a weight that FSDP2 has sharded), every process gets the whole μ, as a plain tensor.
     """
     V, dtype = _real_size(W, vocab_size), torch.promote_types(W.dtype, torch.float32)
     if not _is_sharded(W):
         return _real_rows(W, V).mean(dim=0, dtype=dtype)
-    # Slicing would gather the whole weight on every process. `redistribute` sends nothing here; it keeps the gradient sharded.
+    # Slicing would gather the whole weight on every process. `redistribute` moves no data: it makes the gradient sharded too.
     real = torch.where(_is_real(W, V), W, 0).redistribute(placements=W.placements)
     return (real.sum(dim=0, dtype=dtype) / V).full_tensor()
 
@@ -43,9 +43,9 @@ def mean_embedding(W: Tensor, vocab_size: int | None = None) -> Tensor:
 def center(W: Tensor, vocab_size: int | None = None, detach_mean: bool = False) -> Tensor:
     """e_i − μ on the real rows, padding rows untouched; differentiable; shape and dtype of `W` (paper, §4).
 
-    Without z-loss and soft-cap it leaves probabilities, loss and ∂L/∂h as they were, with tied weights too. Then the rows of
-    the gradient sum to zero but for rounding, and the exact backward pass, which subtracts their mean from every row, adds
-    only a rounding error. In low precision this error is larger than the gradients of rare tokens. `detach_mean` skips the
+    Without z-loss and soft-cap it leaves probabilities, loss and ∂L/∂h as they were, with tied weights too. The rows of the
+    gradient then sum to zero, up to rounding. The exact backward pass still subtracts their mean from every row. This mean is
+    nothing but rounding error, which in low precision is larger than the gradients of rare tokens. `detach_mean` skips the
     subtraction.
     """
     mu = mean_embedding(W, vocab_size)
@@ -84,7 +84,7 @@ def soft_cap(logits: Tensor, cap: float) -> Tensor:
 
 
 class UnembeddingLoss(NamedTuple):
-    """Scalars. Means and the spread are taken over the counted tokens' real logits, after soft-capping."""
+    """Scalars, over the tokens whose target is not `ignore_index` and over the V real logits of each, after soft-capping."""
 
     loss: Tensor  # cross_entropy + z_loss_weight · z_loss
     cross_entropy: Tensor  # mean of log Z − l_target, nats
@@ -93,7 +93,7 @@ class UnembeddingLoss(NamedTuple):
     logit_mean: Tensor
     logit_std: Tensor  # over tokens and vocabulary
     logit_absmax: Tensor
-    rounding_nats: Tensor  # what storing the logits in their dtype costs, `rounding_nats`; nan under a soft-cap; no gradient
+    rounding_nats: Tensor  # what rounding the logits to their dtype costs (see the function below); nan with a soft-cap; no gradient
 
 
 _soft_cap = soft_cap  # `unembedding_loss` has an argument of that name
@@ -172,9 +172,9 @@ def diagnose(hidden: Tensor, W: Tensor, vocab_size: int | None = None) -> dict[s
     """How far a model's logits have drifted, and what their rounding costs: for anybody's running trainer, in one call.
 
     hidden (…, d) final hidden states of real text, W (padded_vocab, d) the unembedding weight as the model uses it.
-    logit_mean · token_mean_std the spread over tokens of a token's mean logit · logit_std · logit_absmax ·
-    mu_norm ‖μ‖ · mu_ratio ‖μ‖ / mean ‖e_i‖ · cosine of μ with the mean hidden state ·
-    rounding_nats_bfloat16 and rounding_nats_float16, what is added to the loss (nats) if the logits are stored in that dtype.
+    logit_mean, logit_std, logit_absmax; token_mean_std: the spread over tokens of a token's mean logit;
+    mu_norm: ‖μ‖; mu_ratio: ‖μ‖ / mean ‖e_i‖; cosine: of μ and the mean hidden state;
+    rounding_nats_bfloat16, rounding_nats_float16: what is added to the loss (nats) if the logits are stored in that dtype.
     Computed in float32 (float64 for float64 input), a chunk of tokens at a time. ValueError for shapes that do not fit.
     """
     if hidden.ndim < 2 or hidden.shape[-1:] != W.shape[1:] or hidden.numel() == 0:
@@ -208,8 +208,8 @@ def diagnose(hidden: Tensor, W: Tensor, vocab_size: int | None = None) -> dict[s
 def geometry(W: Tensor, vocab_size: int | None = None) -> dict[str, float]:
     """How far the output embeddings share a common direction (paper, §2).
 
-    mu_norm ‖μ‖ · mean_norm mean ‖e_i‖ · mu_ratio their quotient · max_norm · mean_cosine mean cos(e_i, μ) ·
-    isotropy min_c Z(c) / max_c Z(c) with Z(c) = Σ_i exp(e_i·c) along the unit eigenvectors c of WᵀW
+    mu_norm: ‖μ‖; mean_norm: mean ‖e_i‖; mu_ratio: their quotient; max_norm: max ‖e_i‖; mean_cosine: mean cos(e_i, μ);
+    isotropy: min_c Z(c) / max_c Z(c) with Z(c) = Σ_i exp(e_i·c) along the unit eigenvectors c of WᵀW
     (Arora et al. 2016; Mu & Viswanath 2018): 1 is isotropic. Computed in float64, exponents in the log domain.
     """
     E = _real_rows(W, vocab_size).double()
@@ -252,7 +252,7 @@ def _is_sharded(W: Tensor) -> bool:
 
 
 def _beside(W: Tensor, tensor: Tensor) -> Tensor:
-    """`tensor`, the same on every process, as an operand of `W`: a DTensor takes no plain tensors."""
+    """`tensor`, equal on every process, in a form that can be combined with W: a DTensor cannot be mixed with plain tensors."""
     if not _is_sharded(W):
         return tensor
     from torch.distributed.tensor import DTensor, Replicate

@@ -107,7 +107,7 @@ def load_config(argv: list[str]) -> TrainConfig:
 def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """Fused AdamW: matrices and embeddings decay, the norms' weights do not. With `muon`, Muon updates the blocks' matrices.
 
-    Any optimizers will do, fused or not. Each group's `lr` is its peak; the schedule is one factor for all.
+    You can return any optimizers, fused or not. Give each group its peak rate as `lr`: the schedule is one factor for all.
     """
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
@@ -160,8 +160,8 @@ def evaluate(model, val: TokenWindows, config: TrainConfig, machine: Machine, st
 
 @torch.no_grad()
 def mu_metrics(model: GPT, dtype: torch.dtype) -> dict[str, float]:
-    """mu_norm ‖μ‖ of the output embeddings as the logits see them · mean_norm mean ‖e_i‖ · mu_ratio their quotient ·
-    stored_mu_norm ‖μ‖ of the stored weight · cast_nats what casting W costs, Σ_k g_k² spacing(e_ik)² / 24, g the last norm's gain."""
+    """mu_norm: ‖μ‖ of the embeddings that the logits are computed with; mean_norm: mean ‖e_i‖; mu_ratio: their quotient;
+    stored_mu_norm: ‖μ‖ of the stored weight; cast_nats: what casting W costs, Σ_k g_k² spacing(e_ik)² / 24, with the last norm's gain g."""
     V, W, gain = model.config.vocab_size, whole(model.output_embedding()), whole(model.final_norm.weight)
     if model.config.logits_dtype == "float32" and not model.config.fused_unembedding:
         dtype = torch.float32  # the plain loss computes the whole product in it
@@ -194,7 +194,7 @@ class Trainer:
         self.stop = StopRequest(machine)  # until here, a signal ends the program at once
 
         torch.manual_seed(config.seed)
-        self.model = GPT(config)  # the parameters: saved, counted, sampled from
+        self.model = GPT(config)  # without wrappers: for saving, counting, sampling
         self.model = shard(self.model, config, machine) if config.shard else self.model.to(machine.device)
         self.optimizers = make_optimizers(self.model, config)
         for optimizer in self.optimizers:
@@ -202,7 +202,7 @@ class Trainer:
                 group.setdefault("initial_lr", group["lr"])  # its peak
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
         self.step, self.evaluated_step, self.best_loss, self.best_step = 0, 0, math.inf, 0
-        self.bad_steps, self.bad_in_row, self.first_bad = 0, 0, {}  # steps left out: all, in a row, the first of the row
+        self.bad_steps, self.bad_in_row, self.first_bad = 0, 0, {}  # skipped steps: all, those since the last good one, the first of these
         if path:
             restore(self, path, IDENTITY)
         elif config.init_from:
@@ -263,14 +263,14 @@ class Trainer:
         values |= {"lr": learning_rate(config, self.step - 1), "bad_steps": self.bad_steps, "tokens_per_second": tokens_per_second}
         values["mfu"] = tokens_per_second * self.model.flops_per_token() / (machine.peak_flops * machine.world_size)
         self.write_metrics("train", values)
-        # With z-loss, centring would change more than the rounding. A loss above that of guessing has other causes.
+        # No advice with z-loss, where centring changes more than the rounding, nor where the loss is worse than guessing.
         is_advised = values["rounding_nats"] >= 0.01 and "centering" not in config.oec and not config.z_loss_weight
         advice = f": resume with --oec=mu_centering --out_dir={self.out_dir}" if is_advised and values["cross_entropy"] < math.log(config.vocab_size) else ""
         machine.say(f"step {self.step}/{config.max_steps} | {log_line(values, advice, seconds_left)}")
 
     def write_metrics(self, split: str, values: dict):
         tokens = self.step * self.config.batch_size * self.config.block_size
-        values["rounding_nats"] += values["cast_nats"]  # of the logits in the forward pass, and of W
+        values["rounding_nats"] += values["cast_nats"]  # the rounding of the logits and that of W
         with self.machine.together():
             if self.machine.rank == 0:
                 self.folder.write_metrics(split, self.step, {"tokens": tokens, **values})
@@ -287,7 +287,7 @@ class Trainer:
         """What is due after this step; True on a request to stop. The resumed run makes up for an evaluation that is cut short."""
         config, machine = self.config, self.machine
         is_last, save_interval = self.step == config.max_steps, config.checkpoint_interval or config.eval_interval
-        # While steps are left out, no checkpoint takes the place of an earlier one.
+        # While steps are skipped, no checkpoint replaces an earlier, healthy one.
         is_save = is_last or save_interval and self.step % save_interval == 0 and not self.bad_in_row
         if self.is_evaluation_due() and (values := evaluate(self.compiled, self.val_data, config, machine, self.stop)):
             values |= mu_metrics(self.model, machine.dtype)
@@ -301,7 +301,7 @@ class Trainer:
                 raise SystemExit(3)
         is_stopping = self.stop.agreed()
         if is_save or is_stopping:
-            state = state_of(self)  # by all processes: of a sharded model each has a part
+            state = state_of(self)  # on all processes, since each holds a part of a sharded model
             with machine.together():
                 if machine.rank == 0:
                     self.folder.save(state, must=is_last or is_stopping)

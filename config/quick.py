@@ -1,5 +1,5 @@
-# The built-in demo: a small model on the Python standard library, under three minutes on two CPU cores. In that time, one
-# layer and a short context on more tokens learn more than two layers on fewer.
+# The built-in demo: a small model on the Python standard library, under three minutes on two CPU cores. In that time one
+# layer with a short context sees more tokens than two layers, and reaches a lower loss.
 dataset = "stdlib"
 vocab_size = 4096
 block_size = 64

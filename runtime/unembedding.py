@@ -1,8 +1,8 @@
 """`oec.unembedding_loss` again, lean: the same numbers, and never all N × V logits in memory.
 
-A chunk of tokens at a time, it multiplies out the logits, turns them into their own gradient where they lie, and
-multiplies that into the gradients of `hidden` and `W`: three matrix products in all, none computed twice. Only `loss`
-can be differentiated, and once; anything else raises, and `oec.unembedding_loss` can do it.
+It works on one chunk of tokens at a time: it computes the chunk's logits, replaces them with their gradient, and multiplies
+this gradient with `W` and `hidden`. That is three matrix products, and the backward pass computes none of them again. Only
+`loss` can be differentiated, and only once. Anything else raises an error; use `oec.unembedding_loss` for it.
 
 This file needs PyTorch and `oec.py`; copy both beside your own trainer.
 """
@@ -25,7 +25,7 @@ except ImportError:  # it comes with PyTorch's CUDA builds
 # inside its caches), large enough to keep the matrix units busy and additions into the weight gradient rare.
 CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**28}
 CHUNK_ROWS = 256
-LARGE_CAP = 1024  # above it, the form of tanh with σ would cancel
+LARGE_CAP = 1024  # above it, `_softmax_pass` uses tanh: the faster formula with σ would lose digits
 
 REFUSAL = (
     "the lean unembedding_loss differentiates `loss`, once, and nothing else: detach its other entries, or use the plain "
@@ -94,32 +94,33 @@ def _unembedding(
     on_triton = _takes_triton(hidden.device, compiled) and wide == torch.float32 and cap <= LARGE_CAP
     (N, d), rows = hidden.shape, W.shape[0]
     chunk_rows = chunk_rows or choose_chunk_rows(N, rows, hidden.device.type)
-    # The second guard makes all calls run under the same dispatch keys: the first call after compiling has others, and
-    # torch.compile would compile the softmax pass a second time for them.
+    # The second context manager gives all calls the same dispatch keys. The first call after compiling has different ones,
+    # and torch.compile would compile the softmax pass a second time for it.
     with torch.autocast(hidden.device.type, enabled=False), torch._C._AutoDispatchBelowADInplaceOrView():
         hidden_low, W_low = hidden.to(dtype), W.to(dtype)
         factor = W_low.T if stored == dtype else _wide_factor(W_low.T, wide)
-        buffer = hidden.new_empty(min(chunk_rows, N), rows, dtype=stored)  # one chunk's logits, then their gradient
+        buffer = hidden.new_empty(min(chunk_rows, N), rows, dtype=stored)  # one chunk's logits
+        grad_buffer = buffer if stored == dtype or not needs_grad else torch.empty_like(buffer, dtype=dtype)  # their gradient
         statistics = hidden.new_empty(5, N, dtype=wide)
         grad_hidden = hidden_low.new_empty(N if needs_grad else 0, d)
         grad_W = W.new_empty(rows if needs_grad else 0, d, dtype=wide)
         for first in range(0, N, chunk_rows):
             chunk = slice(first, first + chunk_rows)
             h, target = hidden_low[chunk], targets[chunk]
-            logits = _multiply(h, factor, out=buffer[: len(h)])
+            logits, grad_logits = _multiply(h, factor, out=buffer[: len(h)]), grad_buffer[: len(h)]
             if on_triton:
-                grad_logits = logits if stored == dtype or not needs_grad else torch.empty_like(logits, dtype=dtype)
                 to_write = grad_logits if needs_grad else None
                 _run_triton_kernel(logits, to_write, target, statistics[:, chunk], vocab_size, z_weight, cap, ignore_index)
             else:
                 real = logits[:, :vocab_size]
-                if compiled:  # once, for any number of tokens
+                if compiled:  # one compiled pass serves any number of tokens
                     torch._dynamo.maybe_mark_dynamic(real, 0)
                     torch._dynamo.maybe_mark_dynamic(target, 0)
                 statistics[:, chunk] = softmax_pass(real, target, z_weight, cap, ignore_index, wide, needs_grad)
                 if needs_grad:
                     logits[:, vocab_size:] = 0
-                    grad_logits = logits.to(dtype)
+                    if grad_buffer is not buffer:
+                        grad_logits.copy_(logits)
             if needs_grad:
                 torch.mm(grad_logits, W_low, out=grad_hidden[chunk])
                 _add_product(grad_W, grad_logits.T, h, is_first=first == 0)
@@ -130,7 +131,7 @@ def _unembedding(
 
 
 def _wide_factor(factor: Tensor, wide: torch.dtype) -> Tensor:
-    """The right operand of products whose result is not rounded. CUDA has such products; elsewhere the operands are widened."""
+    """The right operand of a product in float32. CUDA multiplies low-precision operands into it; elsewhere they are widened first."""
     return factor if factor.is_cuda else factor.to(wide)
 
 
@@ -167,7 +168,7 @@ def _save_gradients(ctx, inputs, output):
 def _scale_gradients(ctx, grad_loss, *grads_of_others):
     grad_hidden, grad_W, inverse_count = ctx.saved_tensors
     scale = inverse_count * (0.0 if grad_loss is None else grad_loss)
-    for grad in grads_of_others:  # of statistics, or of the gradients themselves where they are differentiated again
+    for grad in grads_of_others:  # of statistics, or (second derivatives) of grad_hidden and grad_W
         if grad is not None:
             scale = scale + _refuse(grad)
     # In float32: a low-precision tensor times a scalar tensor would be multiplied in low precision.
@@ -177,7 +178,7 @@ def _scale_gradients(ctx, grad_loss, *grads_of_others):
 _unembedding.register_autograd(_scale_gradients, setup_context=_save_gradients)
 
 
-# An operator, since a compiled backward pass has gradients of all outputs: zeros for unused ones.
+# A compiled backward pass gets zeros, not None, for unused outputs. So their values decide, in an operator that is not traced.
 @torch.library.custom_op("nanooec::refuse_gradient", mutates_args=())
 def _refuse(grad: Tensor) -> Tensor:
     """0, a scalar, for a gradient of zeros; raises for any other."""
@@ -249,12 +250,12 @@ def _compiled_softmax_pass():
 # --- the same pass for CUDA ----------------------------------------------------------------------
 
 def _takes_triton(device: torch.device, compiled: bool) -> bool:
-    return triton is not None and device.type == "cuda" and compiled  # it needs a C compiler, as torch.compile does
+    return triton is not None and device.type == "cuda" and compiled  # Triton needs a C compiler, and so does torch.compile
 
 
 def _run_triton_kernel(logits, grad_logits, target, statistics, vocab_size, z_weight, cap, ignore_index):
-    """`_softmax_pass` of `logits` (rows, padded_vocab), contiguous, into `statistics` (5, rows) and, unless it is None, into
-    `grad_logits` (rows, padded_vocab), which may be `logits`; its padding columns become 0."""
+    """`_softmax_pass` for CUDA: reads `logits` (rows, padded_vocab), contiguous, and writes `statistics` (5, rows) and the gradient
+    `grad_logits`, which has the same shape and may be the same tensor, or None. Its padding columns become 0."""
     with torch.cuda.device_of(logits):
         _triton_softmax_pass[(len(logits),)](
             logits, grad_logits, target.contiguous(), statistics, statistics.stride(0), z_weight, ignore_index,
@@ -276,7 +277,7 @@ if triton:
 
     @triton.jit
     def _add_logits(l, is_real, reference, highest, lowest, total, moment_1, moment_2):
-        """Adds l (threads, LOAD) to the statistics (threads,): one maximum for the logits a thread loads at a time."""
+        """Updates the statistics of each thread (threads,) with the logits it has just loaded, l (threads, LOAD)."""
         before, highest = highest, tl.maximum(highest, tl.max(l, axis=1))
         exponentials, centred = tl.exp(l - highest[:, None]), l - reference
         if is_real is not None:
@@ -301,7 +302,7 @@ if triton:
         line = logits + row * WIDTH
         LAST: tl.constexpr = (V - 1) // BLOCK * BLOCK  # the last block with real logits starts here
         lanes = tl.arange(0, BLOCK // LOAD)[:, None] * LOAD + tl.arange(0, LOAD)[None, :]
-        is_real, is_stored = lanes < V - LAST, lanes < WIDTH - LAST  # a mask of V, an odd number, would make loads narrow
+        is_real, is_stored = lanes < V - LAST, lanes < WIDTH - LAST  # V is often odd, and such a mask would make loads narrow
         target = tl.load(targets + row).to(tl.int32)
         is_counted = target != ignore_index
         is_token = (target >= 0) & (target < V)
@@ -344,7 +345,7 @@ if triton:
 
 
 def _reduce(statistics, counted, z_weight, cap, stored):
-    """(5, N) numbers of tokens to the loss, the other scalars of UnembeddingLoss as one vector, and 1/count."""
+    """From the statistics of the tokens (5, N): the loss, the other scalars of UnembeddingLoss as one vector, and 1/count."""
     log_z, l_target, mean, variance, absmax = torch.where(counted, statistics, 0.0)
     inverse_count = 1 / counted.sum().clamp(min=1).to(log_z.dtype)
     cross_entropy = (log_z - l_target).sum() * inverse_count
