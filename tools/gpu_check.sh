@@ -1,6 +1,6 @@
 #!/bin/bash
-# On one CUDA GPU, in three calls of an expected 8 minutes each (a minute for each pair that is compared, never run yet):
-# what is marked gpu, and the speed tables beside the peers that are given.
+# On one CUDA GPU: what is marked gpu (under 2 minutes on an H100), and the speed tables beside the peers that are given
+# (an expected 6 to 8 minutes each: a contender of the whole step takes 30 to 45 seconds to compile there).
 # All of it runs whatever fails; the exit status is the worst one.
 #
 #     tools/gpu_check.sh tests
@@ -22,7 +22,7 @@ case ${1-} in
   tables)
     needs_folder
     run tools.bench config/gpt2_124m.py --micro_batch_size=16 --batch_size=16 ${3:+--peer nanogpt=$3} $quick \
-      --parts step,head,loader --json "$out/gpu-124m.json" ;;
+      --parts step,head,loader --methods baseline,mu_centering,softcap --json "$out/gpu-124m.json" ;;
   more_tables)
     needs_folder
     run tools.bench config/paper_109m.py --micro_batch_size=24 --batch_size=24 ${3:+--peer oec=$3} $quick \
