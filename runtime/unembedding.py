@@ -249,6 +249,7 @@ def _compiled_softmax_pass():
 
 # --- the same pass for CUDA ----------------------------------------------------------------------
 
+
 def _takes_triton(device: torch.device, compiled: bool) -> bool:
     return triton is not None and device.type == "cuda" and compiled  # Triton needs a C compiler, and so does torch.compile
 

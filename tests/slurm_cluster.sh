@@ -43,6 +43,13 @@ END
     sinfo >&2
     exit 1 ;;
   stop)
-    for pid in "$folder"/*.pid; do kill "$(cat "$pid")" 2> /dev/null || true; done
+    # Some daemons do not end on SIGTERM after a cancelled job.
+    daemons=$(pgrep -f "^(slurmctld -c|slurmd -N node[12])$" || true)
+    kill $daemons 2> /dev/null || true
+    for attempt in $(seq 20); do
+      [ -z "$(pgrep -f "^(slurmctld -c|slurmd -N node[12])$")" ] && break
+      sleep 0.5
+    done
+    kill -9 $daemons 2> /dev/null || true
     sed -i "/node1 node2/d" /etc/hosts 2> /dev/null || { grep -v "node1 node2" /etc/hosts > "$folder/hosts"; cat "$folder/hosts" > /etc/hosts; } ;;
 esac
