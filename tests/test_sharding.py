@@ -96,13 +96,14 @@ def test_a_sharded_run_is_the_copied_run(data, tmp_path, train_all):
 
 @pytest.mark.slow  # compiles each
 @pytest.mark.parametrize("tied", (False, True))
-def test_compiled(data, tmp_path, train_all, tied):
+@pytest.mark.parametrize("processes", (2, 4))
+def test_compiled(data, tmp_path, train_all, processes, tied):
     """Every method over 20 steps, and one with activation checkpointing too."""
     changes = {"max_steps": 20, "eval_interval": 10, "batch_size": 16, "micro_batch_size": 4, "tie_weights": tied}
     runs = [*METHODS, {"oec": "mu_centering", "activation_checkpointing": True}]
     train_all(1, [tiny_arguments(data, tmp_path / f"one{number}", **changes | run) for number, run in enumerate(runs)])
     compiled = changes | {"compile": True, "shard": True}
-    train_all(2, [tiny_arguments(data, tmp_path / f"sharded{number}", **compiled | run) for number, run in enumerate(runs)])
+    train_all(processes, [tiny_arguments(data, tmp_path / f"sharded{number}", **compiled | run) for number, run in enumerate(runs)])
     for number in range(len(runs)):
         assert_same_losses(tmp_path / f"one{number}", tmp_path / f"sharded{number}", 1e-5)
 
