@@ -337,7 +337,7 @@ def make_read_only(out: Path):
 
 @pytest.mark.parametrize(
     "place, break_it, mend",
-    (pytest.param("small_disk", fill, lambda out: (out / "ballast").unlink(), id="full"),
+    (pytest.param("small_disk", fill, lambda out: (out / "ballast").unlink(), id="full", marks=pytest.mark.slow),
      pytest.param("tmp_path", make_read_only, lambda out: subprocess.run(["chattr", "-i", out], check=True), id="read-only", marks=pytest.mark.slow)),
 )  # fmt: skip
 def test_a_disk_that_fills_up_or_a_folder_that_turns_read_only_during_a_run(request, data, place, break_it, mend):

@@ -44,6 +44,7 @@ def losses(out) -> list[float]:
     return [x["cross_entropy"] for x in metrics_of(out)]
 
 
+@pytest.mark.slow
 def test_another_optimizer(hacked, data, tmp_path, train_here):
     """It trains, and a run that was stopped is the run that was not."""
     project = hacked("another_optimizer", most=3)

@@ -45,14 +45,19 @@ def refusal(capsys, monkeypatch):
     return run
 
 
-def test_sample_continues_a_prompt(run_folder):
+def test_sample_continues_a_prompt(run_folder, capsys, monkeypatch):
     options = ["--prompt", "the number 12", "--tokens", 20]
-    first, again, other = (tool("sample", run_folder, *options, "--seed", seed) for seed in (1, 1, 2))
+
+    def sampled_here(checkpoint, seed: int) -> str:
+        monkeypatch.setattr(sys, "argv", ["sample", *map(str, [checkpoint, *options, "--seed", seed])])
+        importlib.import_module("tools.sample").main()
+        return capsys.readouterr().out
+
+    first = tool("sample", run_folder, *options, "--seed", 1)
     assert first.returncode == 0, first.stderr
     assert first.stdout.startswith("the number 12") and len(first.stdout) > len("the number 12\n")
-    assert first.stdout == again.stdout != other.stdout
-    checkpoint = sorted(run_folder.glob("ckpt_*.pt"))[-1]
-    assert tool("sample", checkpoint, *options, "--seed", 1).stdout == first.stdout
+    newest = sorted(run_folder.glob("ckpt_*.pt"))[-1]
+    assert first.stdout == sampled_here(run_folder, 1) == sampled_here(newest, 1) != sampled_here(run_folder, 2)
 
 
 def test_sample_refuses_what_is_no_model(run_folder, tmp_path, refusal):
