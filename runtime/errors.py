@@ -3,6 +3,7 @@
 import atexit
 import os
 import select
+import signal
 import sys
 
 
@@ -13,6 +14,19 @@ def end_cleanly():
         stream.reconfigure(errors="backslashreplace")
     sys.excepthook = _end
     atexit.register(_flush)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell starts `command &` with Ctrl-C ignored
+        signal.signal(signal.SIGINT, _interrupt)
+
+
+def _interrupt(number: int, frame):
+    """Raises KeyboardInterrupt. In an import it ends the process instead: C code that imports, as torch does with numpy, drops the
+    exception and continues with half a module."""
+    while frame:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            os.write(2, b"nanoOEC: stopped\n")
+            os._exit(130)
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def _end(kind: type, error: BaseException, trace):
@@ -20,7 +34,7 @@ def _end(kind: type, error: BaseException, trace):
         os._exit(141)  # as shells count the signal
     cause = error
     while cause and not isinstance(cause, KeyboardInterrupt):
-        cause = cause.__cause__ or cause.__context__  # an interrupted import wraps it in another error
+        cause = cause.__cause__ or cause.__context__  # an error while cleaning up hides it
     if cause is None:
         return sys.__excepthook__(kind, error, trace)
     os.write(2, b"nanoOEC: stopped\n")

@@ -150,6 +150,13 @@ def has_loaded(pid: int, library: str) -> bool:
     return library in Path(f"/proc/{pid}/maps").read_text()
 
 
+def test_ctrl_c_in_an_import_is_not_lost_where_c_code_drops_it(tmp_path):
+    (tmp_path / "swallows.py").write_text("import signal\ntry:\n    signal.raise_signal(signal.SIGINT)\nexcept BaseException:\n    pass\n")
+    program = "import runtime.errors; runtime.errors.end_cleanly(); import swallows; print('continues with half a module')"
+    run = subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}"}, capture_output=True, text=True)
+    assert (run.returncode, run.stdout, run.stderr) == (130, "", "nanoOEC: stopped\n")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks at what a process has loaded in Linux's /proc")
 @pytest.mark.parametrize(
