@@ -60,7 +60,7 @@ class GPTConfig:
     mu_loss_weight: float = 1e-4  # λ of μᵀμ, used when oec is mu_loss
     z_loss_weight: float = 0.0  # λ of mean (log Z)²; 0 is off
     logit_softcap: float = 0.0  # c of c·tanh(logit/c); 0 is off
-    fused_unembedding: bool = True  # the loss in little memory; False: the plain one of oec.py, all entries of which have a gradient
+    fused_unembedding: bool = True  # the loss in little memory; False: oec.py's plain one, whose entries have gradients
     logits_dtype: Literal["auto", "float32"] = "auto"  # auto: stored in the dtype of the matrix products; float32: in float32
 
     @property

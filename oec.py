@@ -113,7 +113,7 @@ def unembedding_loss(
 
     hidden (N, d), W (padded_vocab, d), targets (N,) int64; tokens whose target is `ignore_index` do not count, and
     without any counted token the loss is 0. The logits are computed in autocast's dtype, all else in at least float32.
-    Every entry but `rounding_nats` can be differentiated, any number of times. It holds all N × V logits;
+    Every entry but `rounding_nats` can be differentiated, any number of times. The function holds all N × V logits;
     `runtime/unembedding.py` computes the same in little memory. Raises ValueError for shapes that do not fit.
     """
     check_arguments(hidden, W, targets, z_loss_weight, soft_cap)
@@ -156,8 +156,8 @@ def rounding_nats(logit_rms: Tensor, dtype: torch.dtype = torch.bfloat16) -> Ten
     """What rounding logits of size `logit_rms` to `dtype` adds to the cross-entropy, in nats, to first order; elementwise.
 
     Neighbouring numbers of `dtype` around size s are spacing(s) apart. Rounding adds an error of variance spacing²/12 to
-    each logit, and independent errors of variance v add v/2 to E[log Z − l_target]: spacing(s)²/24 in all. It
-    overstates the cost above about half a nat, and is nan where `dtype` overflows. The result has the shape of `logit_rms`, at
+    each logit, and independent errors of variance v add v/2 to E[log Z − l_target]: spacing(s)²/24 in all. The
+    rule gives too much above about half a nat, and nan where `dtype` overflows. The result has the shape of `logit_rms`, at
     least float32, and no gradient.
     """
     info = torch.finfo(dtype)
@@ -210,7 +210,7 @@ def geometry(W: Tensor, vocab_size: int | None = None) -> dict[str, float]:
 
     mu_norm: ‖μ‖; mean_norm: mean ‖e_i‖; mu_ratio: their quotient; max_norm: max ‖e_i‖; mean_cosine: mean cos(e_i, μ);
     isotropy: min_c Z(c) / max_c Z(c) with Z(c) = Σ_i exp(e_i·c) along the unit eigenvectors c of WᵀW
-    (Arora et al. 2016; Mu & Viswanath 2018): 1 is isotropic. Computed in float64, exponents in the log domain.
+    (Arora et al. 2016; Mu & Viswanath 2018): 1 is isotropic. Computed in float64, Z in the log domain.
     """
     E = _real_rows(W, vocab_size).double()
     mu, norms, tiny = E.mean(dim=0), E.norm(dim=1), torch.finfo(torch.float64).tiny

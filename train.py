@@ -140,8 +140,8 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def evaluate(model, val: TokenWindows, config: TrainConfig, machine: Machine, stop: StopRequest) -> dict[str, float]:
-    """Averages over the same validation windows each time; {} if a request to stop cuts it short. A compiled model keeps
-    gradients enabled: without them it would be compiled again, which takes longer than the unused gradients."""
+    """Averages over the same validation windows each time; {} if a request to stop cuts it short. A compiled model that
+    is not sharded keeps gradients enabled: without them it would be compiled again, which takes longer."""
     windows = permute(np.arange(min(config.eval_sequences, len(val))), len(val), key=0)
     batches = [windows[at : at + config.micro_batch_size] for at in range(0, len(windows), config.micro_batch_size)]
     mine = [(len(batch), batch) for batch in batches[machine.rank :: machine.world_size]]
@@ -161,7 +161,7 @@ def evaluate(model, val: TokenWindows, config: TrainConfig, machine: Machine, st
 @torch.no_grad()
 def mu_metrics(model: GPT, dtype: torch.dtype) -> dict[str, float]:
     """mu_norm: ‖μ‖ of the embeddings that the logits are computed with; mean_norm: mean ‖e_i‖; mu_ratio: their quotient;
-    stored_mu_norm: ‖μ‖ of the stored weight; cast_nats: what casting W costs, Σ_k g_k² spacing(e_ik)² / 24, with the last norm's gain g."""
+    stored_mu_norm: ‖μ‖ of the stored weight; cast_nats: the cost of casting W, Σ_k g_k² mean_i spacing(e_ik)² / 24 (g: last norm's gain)."""
     V, W, gain = model.config.vocab_size, whole(model.output_embedding()), whole(model.final_norm.weight)
     if model.config.logits_dtype == "float32" and not model.config.fused_unembedding:
         dtype = torch.float32  # the plain loss computes the whole product in it
@@ -202,7 +202,7 @@ class Trainer:
                 group.setdefault("initial_lr", group["lr"])  # its peak
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
         self.step, self.evaluated_step, self.best_loss, self.best_step = 0, 0, math.inf, 0
-        self.bad_steps, self.bad_in_row, self.first_bad = 0, 0, {}  # skipped steps: all, those since the last good one, the first of these
+        self.bad_steps, self.bad_in_row, self.first_bad = 0, 0, {}  # skipped steps: all, those in a row now, the metrics of their first
         if path:
             restore(self, path, IDENTITY)
         elif config.init_from:

@@ -23,7 +23,7 @@ from runtime.errors import fail
 # How text is cut into words before byte pairs are merged; a .tiktoken file does not say. GPT-2's, by OpenAI.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 END_OF_TEXT = "<|endoftext|>"
-SMALL_VAL_FRACTION = 0.1  # of a text that has too few documents to be split by documents, at least
+SMALL_VAL_FRACTION = 0.1  # least share for validation of a text with too few documents to split by documents
 BYTES = "bytes"  # the tokenizer without a vocabulary: a token for each byte
 
 
@@ -56,8 +56,8 @@ def available_cores() -> int:
 
 
 class ShardWriter:
-    """Writes one split's tokens into `split_000000.bin`, `split_000001.bin`, … of `shard_tokens` each, after the first
-    `n_tokens`, which are there. A shard that is not full is shorter than its header says, so that no reader takes it."""
+    """Writes one split's tokens into `split_000000.bin`, `split_000001.bin`, … of `shard_tokens` each. The first
+    `n_tokens` are already written. A shard that is not full is shorter than its header says, so that no reader takes it."""
 
     def __init__(self, folder: Path, split: str, shard_tokens: int, vocab_size: int, n_tokens: int):
         self.folder, self.split, self.shard_tokens, self.vocab_size = folder, split, shard_tokens, vocab_size
@@ -180,8 +180,8 @@ def _documents_after(record: dict, documents, partial: Path):
 
 
 def _groups(documents, rest, characters: int = 200_000):
-    """Lists of documents of about `characters` in all, so that a task is worth handing to a thread, and where the source
-    stands after each."""
+    """Yields lists of documents, about `characters` long together (worth a thread's task), each with where the source stands
+    after it."""
     state_dict = getattr(documents, "state_dict", lambda: None)
     group, size = [], 0
     for text in rest:
@@ -195,8 +195,8 @@ def _groups(documents, rest, characters: int = 200_000):
 
 
 def _encoded(groups, encoding: tiktoken.Encoding):
-    """(hash, tokens) of each document of a group, through all cores (tiktoken works outside Python's lock), groups in
-    order, a bounded number in flight; and where the source stands after it."""
+    """Yields for each group, in order, (hash, tokens) of its documents, and where the source stands after the group. All cores
+    encode, since tiktoken releases Python's lock; a bounded number of groups is in memory."""
 
     def encode(texts: list[str]) -> list[tuple[bytes, np.ndarray]]:
         return [(_hash(text), _with_end_of_text(encoding, text)) for text in texts]

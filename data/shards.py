@@ -257,7 +257,7 @@ class Loader:
             self._put(error)
 
     def _windows(self):
-        """Those of each batch. Of many at once: while this thread is in Python, the main thread cannot launch the next step."""
+        """The windows of each batch, for 64 batches at once: while this thread runs Python, the main thread cannot launch a step."""
         batches = iter(self.batches)
         while group := list(islice(batches, 64)):
             windows = windows_of_samples(np.concatenate(group), len(self.data), self.seed)

@@ -31,7 +31,7 @@ def write_whole(path: Path, content):
         os.close(folder)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error.__context__, OSError):  # torch.save hides the disk's word behind one of its own
+        if isinstance(error.__context__, OSError):  # torch.save hides the disk's error behind its own
             raise error.__context__ from None
         raise
 
@@ -70,14 +70,14 @@ def read_checkpoint(path: Path) -> dict:
             if damaged := archive.testzip():  # torch.load does not look at the checksums
                 raise ValueError(f"the checksum of {damaged} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if isinstance(state.get("optimizer"), dict):  # in version 1 there was one AdamW
+        if isinstance(state.get("optimizer"), dict):  # a checkpoint of version 1 holds one AdamW
             old = state.pop("optimizer")
             state["optimizers"] = [{"kind": "AdamW", **old}] if old else []
-        state.setdefault("evaluated_step", state.get("step"))  # version 1 saved after evaluating
+        state.setdefault("evaluated_step", state.get("step"))  # version 1 saves after evaluating
         if wrong := [name for name, kind in PARTS.items() if not isinstance(state.get(name), kind)]:
             raise ValueError(f"it lacks a proper {', '.join(wrong)}")
         if state["step"] < 0 or path in checkpoints(path.parent) and int(path.stem[5:]) != state["step"]:
-            raise ValueError(f"it holds step {state['step']}")
+            raise ValueError(f"the step in it, {state['step']}, is negative or not that of its name")
         return state
     except Exception as error:  # whatever a damaged file can cause
         raise ValueError(f"{path} is not a whole checkpoint: {one_line(error)}") from None
@@ -105,7 +105,7 @@ def check_same_run(state: dict, now: dict, identity: tuple[str, ...], data: dict
     other = [changed[name] for name in identity if name in changed]
     other += [f"the {split} data has changed" for split in data if state["data"].get(split) != data[split]]
     if other:
-        raise ValueError(f"it is of another run: {'; '.join(other)}; set it back, or choose another --out_dir")
+        raise ValueError(f"it is of another run: {'; '.join(other)}; undo this, or choose another --out_dir")
     return [changed[name] for name in sorted(changed) if name not in ("resume", "out_dir", "data_dir")]
 
 

@@ -8,8 +8,8 @@ import sys
 
 
 def end_cleanly():
-    """Makes a command end like a command: Ctrl-C in one line, a closed pipe (`| head -1`) in silence, and characters that the
-    terminal does not have are escaped. To be called first."""
+    """Sets how a command ends: Ctrl-C prints one line, a closed pipe (`| head -1`) nothing. Escapes what the terminal cannot
+    print. Call it first."""
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None where they are closed
         stream.reconfigure(errors="backslashreplace")
     sys.excepthook = _end
@@ -30,8 +30,8 @@ def _interrupt(number: int, frame):
 
 
 def _end(kind: type, error: BaseException, trace):
-    if issubclass(kind, BrokenPipeError) and _nobody_listens():  # not a pipe of the program's own
-        os._exit(141)  # as shells count the signal
+    if issubclass(kind, BrokenPipeError) and _nobody_listens():  # errors of the program's own pipes are reported
+        os._exit(141)  # 128 + SIGPIPE, as in a shell
     cause = error
     while cause and not isinstance(cause, KeyboardInterrupt):
         cause = cause.__cause__ or cause.__context__  # an error while cleaning up hides it
@@ -51,7 +51,7 @@ def _nobody_listens() -> bool:
 
 
 def _flush():
-    """Python would report a closed pipe that it meets when it flushes at its end."""
+    """Flushes standard output, and ignores a closed pipe, which Python would report at exit."""
     try:
         if sys.stdout:
             sys.stdout.flush()

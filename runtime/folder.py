@@ -50,12 +50,12 @@ def open_out_dir(out_dir: Path, resume: str) -> str:
     if has_checkpoint and not is_ours:
         print(f"{out_dir}/config.json is missing or damaged: writing it again", flush=True)
 
-    # The same command started again resumes from what it had reached.
+    # A restart by torchrun, or the same --resume=PATH again, resumes from the run's own newest checkpoint.
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     if restarts or resume not in ("auto", "never") and is_ours and earlier.get("resume") == resume:
         resume = "auto" if has_checkpoint or resume == "never" else resume
     if resume == "never" and (has_checkpoint or has_run):
-        fail(f"{out_dir} holds a run and resume=never: choose another --out_dir, or continue it with --resume=auto")
+        fail(f"{out_dir} already holds a run: choose another --out_dir for --resume=never, or continue the run with --resume=auto")
     if resume not in ("auto", "never") and has_checkpoint:
         fail(f"{out_dir} holds checkpoints of its own: give --resume={resume} another --out_dir")
     for path in out_dir.glob("*.tmp"):
@@ -84,8 +84,8 @@ held_locks = []  # open files: each lock lasts as long as this process
 
 
 def lock(folder: Path, doing: str, setting: str):
-    """Creates `folder` and locks it for this process: two processes that write one run would lose both. `setting` is its name
-    in messages. Ends the program if another process keeps the lock for 15 seconds, which a killed one may need to be gone. If
+    """Creates `folder` and locks it for this process: two processes would damage each other's files. Messages call it
+    `setting`. Ends the program if another process keeps the lock for 15 seconds; a killed process may need some to end. If
     nothing is written into a new folder, it is removed at exit."""
     is_new = not folder.exists()
     for attempt in range(30):
@@ -156,7 +156,7 @@ class RunFolder:
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl; one that is being written, or that a kill cut off, is left out. OSError without one."""
+    """The lines of a run's metrics.jsonl, without a line that is incomplete. OSError if there is no such file."""
     lines = []
     for text in (folder / "metrics.jsonl").read_text(errors="replace").splitlines():
         with suppress(ValueError):
@@ -192,11 +192,11 @@ def log_line(values: dict, advice: str, seconds_left: float) -> str:
 
 
 def diverged(trainer, mu_norm: float) -> str:
-    """Where a run broke that stops: the metrics of the first of the steps in a row that were left out."""
+    """The last line of a diverged run: the metrics of the first step in the row of skipped steps that ended it."""
     first = trainer.first_bad
     values = ", ".join(f"{name} {first[name]:.4g}" for name in ("loss", "grad_norm", "logit_mean", "logit_absmax"))
     return (
-        f"diverged: {trainer.bad_in_row} steps in a row had no finite loss and gradient and were left out. The first was step "
+        f"diverged: {trainer.bad_in_row} steps in a row had no finite loss or gradient and were skipped. The first was step "
         f"{first['step']}: {values}, stored ‖μ‖ {mu_norm:.4g}. {way_back(trainer)}"
     )
 
@@ -228,7 +228,7 @@ class Metrics:
         self.size, self.pending = self.file.tell(), b""
 
     def write(self, **values):
-        """Raises OSError where the disk refuses; the line then waits for the next call, and no part of it stays."""
+        """Raises OSError if the disk refuses. Then the file has no part of the line, and the next call writes it."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self.pending += json.dumps(finite).encode() + b"\n"
         try:
@@ -242,7 +242,7 @@ class Metrics:
 
 
 def open_trackers(config, out_dir: Path, step: int) -> list:
-    """Functions of (values, step) that show them elsewhere, on the curves of the run that is resumed."""
+    """One function (values, step) per tracker, which shows the values there. A resumed run continues its own curves."""
     trackers = []
     if config.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
@@ -254,7 +254,7 @@ def open_trackers(config, out_dir: Path, step: int) -> list:
             writer, working = None, writer or SummaryWriter(out_dir)  # a writer that has failed cannot be used again
             for name, value in values.items():
                 working.add_scalar(name, value, step)
-            working.flush()  # or a kill would take what waits
+            working.flush()  # so that a kill does not lose buffered values
             writer = working
 
         trackers.append(show)
@@ -267,5 +267,5 @@ def open_trackers(config, out_dir: Path, step: int) -> list:
         try:
             trackers.append(wandb.init(project=config.wandb_project, resume="allow", **settings).log)
         except (wandb.Error, ValueError) as error:
-            fail(f"wandb_project={config.wandb_project} cannot be opened: {one_line(error)} (or WANDB_MODE=offline)")
+            fail(f"wandb_project={config.wandb_project} cannot be opened: {one_line(error)}; try WANDB_MODE=offline")
     return trackers

@@ -33,7 +33,7 @@ PEAK_FLOPS = {
 
 
 def peak_flops(gpu: str) -> float:
-    """Of a GPU by the name that PyTorch gives it; nan for one that is not in the table, and for a part of one (MIG)."""
+    """Peak FLOP/s of a GPU, by PyTorch's name for it; nan for a GPU that is not in the table, and for a part of one (MIG)."""
     words = set(re.split(r"[ -]", gpu))
     if words & {"MIG", "Laptop", "D"}:  # slower than their namesakes
         return math.nan
@@ -121,7 +121,7 @@ def start_machine(config) -> Machine:
 
 def start_gpu(local_rank: int, local_world_size: int) -> tuple[torch.device, torch.dtype, float]:
     if local_rank >= torch.cuda.device_count():
-        fail(f"PyTorch finds {torch.cuda.device_count()} GPUs here for {local_world_size} processes: use --device=cpu, or fewer")
+        fail(f"PyTorch finds {torch.cuda.device_count()} GPUs here for {local_world_size} processes: start fewer processes, or use --device=cpu")
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     has_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
@@ -253,7 +253,7 @@ def average(passes: list[tuple[float, dict]], how: dict[str, str], machine: Mach
 
 @contextmanager
 def errors_for_people(is_sharded: bool):
-    """Errors of the machine, not of the code: a full memory, a compile cache that a kill left unfinished."""
+    """Reports errors of the machine in one line: a full memory or disk, a compile cache that a kill left unfinished."""
     try:
         yield
     except (RuntimeError, MemoryError, OSError) as error:
@@ -264,12 +264,12 @@ def errors_for_people(is_sharded: bool):
             fail(f"the disk of TMPDIR, {folder}, is full ({one_line(error)}): make room, or set TMPDIR to a folder on another disk")
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
             raise
-        needs = " (a checkpoint needs 12 bytes a parameter of host memory: in process 0 to write it, in each to resume)" * is_sharded
+        needs = " (a checkpoint takes 12 bytes of host memory per parameter: in process 0 to write it, in every process to resume)" * is_sharded
         fail(f"the memory is full: lower --micro_batch_size or the model's size{needs}. {one_line(error)}")
 
 
 def remove_unfinished(problem: str) -> bool:
-    """Deletes what a machine that died while compiling left in PyTorch's cache, where it would stop every later run."""
+    """Deletes unfinished files that a crash while compiling left in PyTorch's cache: they would stop every later run."""
     named = re.search(r"(/\S+)/\w\w/\w+(\.main)?\.(so: file too short|so: invalid ELF header|so: file truncated|cpp)", problem)
     libraries = Path(named[1]).rglob("*.so") if named else []
     unfinished = [path for path in libraries if path.stat().st_size == 0 or f"{path}: " in problem]

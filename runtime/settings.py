@@ -13,15 +13,15 @@ from typing import Literal, get_args, get_origin
 
 from runtime.errors import fail, one_line
 
-# nanoGPT's names for what has another name here.
+# Settings that other trainers have, most of them nanoGPT's, and what to use instead.
 NANOGPT_NAMES = {
     "gradient_accumulation_steps": "batch_size (sequences in a step, over all processes) and micro_batch_size: a step "
     "accumulates batch_size / (micro_batch_size × processes) passes",
     "max_iters": "max_steps", "warmup_iters": "warmup_steps", "lr_decay_iters": "max_steps, where the schedule ends",
     "min_lr": "min_learning_rate", "decay_lr": "schedule", "eval_iters": "eval_sequences",
     "always_save_checkpoint": "checkpoint_interval", "wandb_log": "wandb_project", "wandb_run_name": "out_dir",
-    "dropout": "nothing: the model has no dropout", "bias": "nothing: the model has no biases",
-    "backend": "nothing: NCCL on GPUs, gloo on CPUs", "eval_only": "max_steps and resume", "lr": "learning_rate",
+    "dropout": "no setting, the model has no dropout", "bias": "no setting, the model has no biases",
+    "backend": "no setting: it is NCCL on GPUs and gloo on CPUs", "eval_only": "max_steps and resume", "lr": "learning_rate",
 }  # fmt: skip
 
 
@@ -77,7 +77,7 @@ def value_type(kind: type, key: str, where: str = "") -> type:
     if key in known:
         return str if get_origin(known[key]) is Literal else known[key]
     if key in NANOGPT_NAMES:
-        fail(f"{key} is nanoGPT's name{where}: here it is {NANOGPT_NAMES[key]}")
+        fail(f"there is no setting {key}{where}: use {NANOGPT_NAMES[key]}")
     nearest = difflib.get_close_matches(key, known, n=1)
     hint = f": did you mean {nearest[0]}?" if nearest else ""
     fail(f"unknown setting {key!r:.80}{where}{hint} (--help lists all)")
@@ -115,8 +115,8 @@ def check_settings(config):
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if config.shard and (world_size == 1 or config.shard_size == 1 or world_size % (config.shard_size or 1)):
         fail(
-            f"shard=True shares a model out over processes: {world_size} of them, with shard_size={config.shard_size}, is not "
-            "possible. Start several with torchrun, and let shard_size be 0 or a divisor of their number above 1"
+            f"shard=True cannot share a model out over {world_size} processes with shard_size={config.shard_size}. "
+            "Start several with torchrun, and let shard_size be 0 or a divisor of their number above 1"
         )
     if config.shard and config.optimizer == "muon":
         fail("optimizer=muon orthogonalises whole matrices, and shard=True has parts of them: use optimizer=adamw, or shard=False")

@@ -78,7 +78,7 @@ def choose_chunk_rows(tokens: int, rows: int, device: str) -> int:
     return max(1, -(-tokens // chunks))
 
 
-# One operator, opaque to the compiler: left to itself it would fuse the chunks and hold all their logits at once.
+# One operator, opaque to the compiler, which would otherwise fuse the chunks and hold all their logits at once.
 @torch.library.custom_op("nanooec::unembedding", mutates_args=())
 def _unembedding(
     hidden: Tensor, W: Tensor, targets: Tensor, vocab_size: int, z_weight: float, cap: float, ignore_index: int,
@@ -94,8 +94,8 @@ def _unembedding(
     on_triton = _takes_triton(hidden.device, compiled) and wide == torch.float32 and cap <= LARGE_CAP
     (N, d), rows = hidden.shape, W.shape[0]
     chunk_rows = chunk_rows or choose_chunk_rows(N, rows, hidden.device.type)
-    # The second context manager gives all calls the same dispatch keys. The first call after compiling has different ones,
-    # and torch.compile would compile the softmax pass a second time for it.
+    # Without the second context manager, the first call after compiling has different dispatch keys, and torch.compile would
+    # compile the softmax pass again for it.
     with torch.autocast(hidden.device.type, enabled=False), torch._C._AutoDispatchBelowADInplaceOrView():
         hidden_low, W_low = hidden.to(dtype), W.to(dtype)
         factor = W_low.T if stored == dtype else _wide_factor(W_low.T, wide)
@@ -131,7 +131,7 @@ def _unembedding(
 
 
 def _wide_factor(factor: Tensor, wide: torch.dtype) -> Tensor:
-    """The right operand of a product in float32. CUDA multiplies low-precision operands into it; elsewhere they are widened first."""
+    """The right operand of a product with a float32 result: unchanged on CUDA, cast to float32 elsewhere."""
     return factor if factor.is_cuda else factor.to(wide)
 
 
@@ -142,7 +142,7 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, is_first: bool):
-    """total += a @ b, or total = a @ b. A sum over tokens is not rounded to half precision, where it might overflow too."""
+    """total += a @ b (or = if `is_first`), summed in total's dtype: in half precision a sum over tokens could overflow."""
     beta = 0 if is_first else 1  # with 0, what stands in `total` is not read
     if a.is_cuda and a.dtype != total.dtype:
         torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
@@ -178,7 +178,7 @@ def _scale_gradients(ctx, grad_loss, *grads_of_others):
 _unembedding.register_autograd(_scale_gradients, setup_context=_save_gradients)
 
 
-# A compiled backward pass gets zeros, not None, for unused outputs. So their values decide, in an operator that is not traced.
+# A compiled backward pass gets zeros, not None, for unused outputs. So the operator below, which is not traced, looks at their values.
 @torch.library.custom_op("nanooec::refuse_gradient", mutates_args=())
 def _refuse(grad: Tensor) -> Tensor:
     """0, a scalar, for a gradient of zeros; raises for any other."""
@@ -200,7 +200,7 @@ _refuse.register_autograd(_refuse_again)
 
 
 def _softmax_pass(logits, target, z_weight, cap, ignore_index, wide, needs_grad):
-    """One chunk: five numbers a token, (5, rows); `logits` become ∂(Σ over tokens of the loss)/∂(logits before the cap).
+    """One chunk: five numbers per token, (5, rows); `logits` become ∂(Σ over tokens of the loss)/∂(logits before the cap).
 
         L         = log Z − l_target + λ (log Z)²
         ∂L/∂l_i   = p_i (1 + 2 λ log Z) − 1[i = target]
@@ -265,7 +265,7 @@ def _run_triton_kernel(logits, grad_logits, target, statistics, vocab_size, z_we
 
 
 def _launch_options(logit_bytes: int) -> dict[str, int]:
-    """16 logits a thread at a time, in loads of 16 bytes; 16 KiB a block, which was the fastest on an H100."""
+    """16 logits per thread at a time, in loads of 16 bytes; 16 KiB per block, which was the fastest on an H100."""
     return {"BLOCK": 16384 // logit_bytes, "LOAD": 16 // logit_bytes, "num_warps": 32 // logit_bytes}
 
 
@@ -278,7 +278,7 @@ if triton:
 
     @triton.jit
     def _add_logits(l, is_real, reference, highest, lowest, total, moment_1, moment_2):
-        """Updates the statistics of each thread (threads,) with the logits it has just loaded, l (threads, LOAD)."""
+        """Updates the statistics of each group of LOAD neighbours, (groups,), with its new logits l (groups, LOAD)."""
         before, highest = highest, tl.maximum(highest, tl.max(l, axis=1))
         exponentials, centred = tl.exp(l - highest[:, None]), l - reference
         if is_real is not None:
@@ -297,13 +297,13 @@ if triton:
         logits, grad_logits, targets, statistics, stride, z_weight, ignore_index, V: tl.constexpr, WIDTH: tl.constexpr,
         CAP: tl.constexpr, BLOCK: tl.constexpr, LOAD: tl.constexpr,
     ):  # fmt: skip
-        """One program a token, two passes over its logits: statistics, then the gradient. A thread loads LOAD neighbours, 16 bytes,
+        """One program per token, two passes over its logits: statistics, then the gradient. A thread loads LOAD neighbours, 16 bytes,
         at a time, and threads meet after the loops. Only the last block of a row has padding and needs masks."""
         row = tl.program_id(0).to(tl.int64)
         line = logits + row * WIDTH
         LAST: tl.constexpr = (V - 1) // BLOCK * BLOCK  # the last block with real logits starts here
         lanes = tl.arange(0, BLOCK // LOAD)[:, None] * LOAD + tl.arange(0, LOAD)[None, :]
-        is_real, is_stored = lanes < V - LAST, lanes < WIDTH - LAST  # V is often odd, and such a mask would make loads narrow
+        is_real, is_stored = lanes < V - LAST, lanes < WIDTH - LAST  # is_stored for loads: V is often odd, and is_real would make them narrow
         target = tl.load(targets + row).to(tl.int32)
         is_counted = target != ignore_index
         is_token = (target >= 0) & (target < V)

@@ -305,7 +305,7 @@ def start(title: str, makers: list) -> list:
 
 
 def row(contender, times_of_first: list[dict]) -> dict:
-    """Of a contender that has had its turns, and now ends."""
+    """Ends a contender after its turns, and returns its row."""
     seconds = [turn["seconds"] for turn in contender.times]
     ratios = [a / b["seconds"] for a, b in zip(seconds, times_of_first)]
     facts, median = contender.facts, statistics.median(seconds)

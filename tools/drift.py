@@ -128,7 +128,7 @@ def print_diagnosis(name: str, hidden: Tensor, W: Tensor, targets: Tensor, vocab
     exact = loss_of("float32", hidden, W, targets, vocab_size)
     print(f"  {'loss in float32':24s} {exact:12.5g}")
     for arm in ("logits in bfloat16", "centred, logits in bfloat16"):
-        print(f"  {arm + ', over it':36s} {loss_of(arm, hidden, W, targets, vocab_size) - exact:.5f} nats")
+        print(f"  {arm + ', excess':36s} {loss_of(arm, hidden, W, targets, vocab_size) - exact:.5f} nats")
 
 
 # --- a drift, transplanted --------------------------------------------------------------------------
@@ -267,7 +267,7 @@ def print_published(rows: list[dict]):
 
 
 def draw_curve(axis, rows: list[dict], published: list[dict]):
-    """Excess loss against mean logit: a line an arm, the first-order rule, the paper's runs as points."""
+    """Excess loss against mean logit: one line per arm, the first-order rule, the paper's runs as points."""
     styles = {
         "logits in bfloat16": ("#222222", "o", "-"), "logits in float16": ("#0072b2", "^", "-."),
         "bfloat16 products, float32 logits": ("#d55e00", "s", "--"), "float32": ("#999999", None, "-"),
@@ -336,7 +336,7 @@ def main():
     parser.add_argument("model", nargs="?", type=Path, help="a ckpt_*.pt file, a run's folder (its newest), or a Hugging Face folder")
     parser.add_argument("--mean_logit", type=float, help="transplant a drift: the resulting mean logit of the stored W; needs --out")
     parser.add_argument("--curve", action="store_true", help="loss against mean logit; writes OUT.csv, OUT.png and OUT.svg")
-    parser.add_argument("--published", type=Path, metavar="CSV", help="the paper's runs: alone a table, with --curve points on it")
+    parser.add_argument("--published", type=Path, metavar="CSV", help="the paper's runs: printed as a table, or with --curve drawn as points")
     parser.add_argument("--text", type=Path, help="a text file, for a Hugging Face folder")
     parser.add_argument("--center", type=Path, metavar="OUT", help="write a Hugging Face folder with its output embedding centred")
     parser.add_argument("--out", type=Path, help="the file to write")

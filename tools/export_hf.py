@@ -145,7 +145,7 @@ def stablelm_weights(model: GPT) -> dict[str, Tensor]:
 
 
 def has_bias(name: str) -> bool:
-    """Of StableLM's weights, those with a bias beside them: the norms on the residual stream. Ours is zero."""
+    """Whether StableLM has a bias beside this weight: only for norms on the residual stream. The export's biases are zero."""
     return name.endswith("norm.weight")
 
 
@@ -168,7 +168,7 @@ def tokenizer_files(encoding: tiktoken.Encoding, block_size: int) -> dict[str, b
     random.Random(0).shuffle(ids)
     text = encoding.decode_bytes(ids).decode(errors="replace")
     if tokenizer.encode(text).ids != encoding.encode(text, allowed_special="all"):
-        fail(f"the tokenizer {encoding.name} cannot be exported: tokenizers reads its pattern otherwise: {encoding._pat_str}")
+        fail(f"the tokenizer {encoding.name} cannot be exported: tokenizers reads its pattern differently: {encoding._pat_str}")
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": END_OF_TEXT,
@@ -200,7 +200,7 @@ def convert_tokenizer(encoding: tiktoken.Encoding):
     vocabulary = {written[token]: rank for token, rank in ranks.items()} | encoding._special_tokens
     # A word that is a token is not merged at all, as in tiktoken.
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
-    pattern = encoding._pat_str.replace("{1,3}+", "{1,3}")  # there {1,3}+ would be a repetition, not a possessive one
+    pattern = encoding._pat_str.replace("{1,3}+", "{1,3}")  # tiktoken's + makes {1,3} possessive; tokenizers would repeat it
     words = pre_tokenizers.Split(Regex(pattern), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
@@ -209,7 +209,7 @@ def convert_tokenizer(encoding: tiktoken.Encoding):
 
 
 def parts_before_last_merge(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """What merging by lower ranks than the token's own leaves of it: two tokens, or one byte."""
+    """The parts of a token after all merges of lower rank than its own: two, or one byte; more if merging never makes the token."""
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
         rank, at = min((ranks.get(a + b, math.inf), at) for at, (a, b) in enumerate(zip(parts, parts[1:])))

@@ -3,10 +3,11 @@
     python -m tools.memory config/gpt2_124m.py config/paper_221m.py
     python -m tools.memory config/gpt2_124m.py --n_layer=48 --activation_checkpointing=True
 
-Two rows for each config file, the settings after them for all. What is counted are tensors: 16 bytes a parameter, the
-activations that the backward pass waits for, the unembedding. Not counted: the CUDA context and the gaps between tensors
-(the table leaves 10% free for them), DDP's buckets (4 bytes a parameter more on several GPUs), and what compiling leaves in
-the process. tests/test_memory.py compares the prediction with measured steps on a CPU. On an H100 it was 0.3% too low.
+Each config file gets a row as it is, and one with activation checkpointing. Settings apply to all files. The table counts
+tensors: 16 bytes per parameter, the activations that the backward pass needs, the unembedding. It does not count the CUDA
+context and the gaps between tensors (the table leaves 10% free for them), DDP's buckets (4 bytes more per parameter on
+several GPUs), and what compiling leaves in the process. tests/test_memory.py compares the prediction with measured steps on
+a CPU. On an H100 it was 0.3% too low.
 """
 
 import argparse
@@ -27,7 +28,7 @@ CARDS = (24, 40, 80, 141)  # GB, 10⁹ bytes
 
 @cache
 def parameter_counts(**architecture) -> tuple[int, int]:
-    """Of the model, and of one of its blocks."""
+    """Parameters of the model, and of one block."""
     with torch.device("meta"):
         model = GPT(GPTConfig(**architecture))
     return model.num_parameters(), sum(p.numel() for p in model.blocks[0].parameters())
@@ -99,7 +100,7 @@ def largest_micro_batch(config: TrainConfig, capacity: float, device: str, low: 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("files", nargs="*", type=Path, metavar="CONFIG.py", help="a row each, and one with checkpointing on")
+    parser.add_argument("files", nargs="*", type=Path, metavar="CONFIG.py", help="each gets a row as it is, and one with activation checkpointing")
     parser.add_argument("--processes", type=int, default=1, help="over which --shard=True shares a model out (default: %(default)s)")
     options, settings = parser.parse_known_args()
     if not options.files:

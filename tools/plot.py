@@ -29,8 +29,8 @@ from tools.drift import draw_curve, is_run, published_rows
 from tools.sample import load_model
 from tools.sweep import read_sweep, sensitivities
 
-# For a printed page without colours each line has its own marker and dashes as well. (colour, marker, dashes)
 ROOT = Path(__file__).resolve().parents[1]
+# (colour, marker, dashes) of each line: marker and dashes tell lines apart in print without colours.
 STYLES = {
     "baseline": ("#222222", "o", "-"), "z_loss": ("#d55e00", "s", "--"), "softcap": ("#999999", "D", ":"),
     "mu_loss": ("#0072b2", "^", "-."), "mu_centering": ("#009e73", "v", "-"), "mu_centering_step": ("#cc79a7", "P", "--"),
@@ -83,7 +83,7 @@ def sweep_rows(path: Path, size: str) -> list[dict]:
 
 
 def lines_of(rows: list[dict]) -> dict[str, list[dict]]:
-    """Rows by method; a method with several λ is as many lines."""
+    """Rows by method; a method with several λ has one line per λ."""
     several = {m for m in {row["method"] for row in rows} if len({row.get("lambda") for row in rows if row["method"] == m}) > 1}
     lines = {}
     for row in rows:
@@ -140,7 +140,7 @@ def draw_sweep(rows: list[dict], published: list[dict], out: Path):
 
 
 def draw_curves(folders: list[Path], names: list[str], out: Path):
-    """The columns `names` of the runs' metrics.jsonl over tokens; those that stay above zero on a logarithmic axis."""
+    """The columns `names` of metrics.jsonl over tokens. An axis is logarithmic if all its values are positive; the loss's never is."""
     plt = pyplot()
     n_columns = min(3, len(names))
     n_rows = -(-len(names) // n_columns)
@@ -174,9 +174,9 @@ def draw_curves(folders: list[Path], names: list[str], out: Path):
 
 
 def draw_why(curve: Path, runs: Path, published: Path | None, out: Path):
-    """results/why.md's figures. Left, what a drift costs by precision (tools.drift --curve). Right, losses over steps by arm,
-    from rescue.csv or natural.csv of tools.why: a line a seed where logits drift by themselves, else the median of the seeds
-    and their range, for the drift and the rate that most runs have."""
+    """results/why.md's figures. Left: the cost of a drift, by precision (tools.drift --curve). Right: loss over steps, by arm.
+    natural.csv of tools.why gives one line per seed; rescue.csv the median and range over seeds. Only runs with the most frequent
+    drift and learning rate are drawn."""
     rows, points = read_table(curve, ("mean_logit", "excess")), published_rows(published) if published else []
     lines = [row for row in read_table(runs, ("step", "loss")) if not row["weight"] and row["mean_logit"] != "0"]
     undrifted = [float(row["loss"]) for row in read_table(runs, ("step", "loss")) if row["mean_logit"] == "0"]
@@ -356,7 +356,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="+", type=Path, help="a sweep.csv, or folders of runs, or a bench's scaling .json, or with --geometry checkpoints")
     parser.add_argument("--geometry", action="store_true", help="print and draw the geometry of output embeddings, as stored and centred")
-    parser.add_argument("--why", action="store_true", help="the figure of results/why.md, from the csv files of tools.drift and tools.why rescue")
+    parser.add_argument("--why", action="store_true", help="the figure of results/why.md, from the csv files of tools.drift and tools.why")
     parser.add_argument("--curves", default=",".join(list(CURVES)[:6]), help="columns of metrics.jsonl to draw (default: %(default)s)")
     parser.add_argument("--published", type=Path, help="a csv of published figures to draw beside a sweep's")
     parser.add_argument("--size", default="16M", help="which size of the published ones (default: %(default)s)")

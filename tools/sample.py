@@ -60,7 +60,7 @@ def main():
     parser.add_argument("--tokens", type=int, default=200, help="how many to add (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest (default: %(default)s)")
     parser.add_argument("--top_k", type=int, default=0, help="draw from the k likeliest; 0 is off (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the drawing (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random draws (default: %(default)s)")
     arguments = parser.parse_args()
     if arguments.tokens < 0 or arguments.top_k < 0 or not 0 <= arguments.seed < 2**63:
         fail("--tokens, --top_k and --seed must be 0 or more, and --seed below 2**63")

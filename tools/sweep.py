@@ -4,7 +4,7 @@
     python -m tools.sweep config/paper_16m.py --methods z_loss --z_loss_weights 1e-7,1e-4,1e-1,1e2 --out out/lambda
 
 Config files and --key=value settings are train.py's. The same command resumes a sweep that was stopped; another one with
-the same settings adds its cells to the folder. OUT/sweep.csv has a row a cell, OUT/summary.md the learning-rate sensitivities.
+the same settings adds its cells to the folder. OUT/sweep.csv has one row per cell, OUT/summary.md the learning-rate sensitivities.
 """
 
 import argparse
@@ -37,7 +37,7 @@ COLUMNS = (
     "method lambda learning_rate seed status test_loss mu_norm mean_embedding_norm logit_mean logit_std logit_absmax "
     "mean_log_z_squared seconds_per_step seconds initial_loss"
 ).split()
-# What a cell sets by itself, and what does not make another experiment.
+# Settings that may differ within one sweep: those that a cell sets, and those that do not change results.
 OF_THE_CELL = {*WEIGHTS.values(), "oec", "learning_rate", "seed", "out_dir", "resume", "tensorboard", "wandb_project"}
 
 
@@ -166,7 +166,7 @@ def sensitivities(rows: list[dict]) -> list[float]:
 
 
 def summary(rows: list[dict]) -> str:
-    """A row a method: best loss, learning-rate sensitivity (median and range over seeds), time per step over baseline."""
+    """One row per method: best loss, learning-rate sensitivity (median and range over seeds), time per step over baseline."""
     lines = ["| method | λ | learning rates | best loss | at | learning-rate sensitivity | over seeds | diverged | time per step / baseline |", "| --- " * 9 + "|"]
     pace = {}
     for method, weight in dict.fromkeys((row["method"], row["lambda"]) for row in rows):
@@ -226,7 +226,7 @@ def run_cells(cells: list[Cell], rows: list[dict], out: Path, jobs: int):
 
 def rows_word(rows: list[dict], cell: Cell) -> str:
     row = next(row for row in rows if tuple(row[name] for name in COLUMNS[:4]) == cell.key)
-    counts_as = "the loss before training, " if row["status"] == "diverged" else ""
+    counts_as = "counted as " if row["status"] == "diverged" else ""
     return f"{row['status']}, test loss {counts_as}{float(row['test_loss']):.4f}"
 
 
@@ -248,7 +248,7 @@ def main():
     parser.add_argument("--learning_rates", default="3e-4,1e-3,3e-3,1e-2,3e-2,1e-1,3e-1", help="peaks (default: %(default)s)")
     parser.add_argument("--seeds", default="1", help="(default: %(default)s)")
     for method, key in WEIGHTS.items():
-        parser.add_argument(f"--{key.removeprefix('logit_')}s", dest=key, default="", help=f"of {method}, one cell each (default: its config file's)")
+        parser.add_argument(f"--{key.removeprefix('logit_')}s", dest=key, default="", help=f"weights of {method}, one cell each (default: that of its config file)")
     parser.add_argument("--out", type=Path, required=True, help="folder of the sweep")
     parser.add_argument("--jobs", type=int, default=0, help="runs at a time (default: one a GPU, or one)")
     options, words = parser.parse_known_args()

@@ -65,7 +65,7 @@ def row_sum(X: torch.Tensor, vocab_size: int) -> torch.Tensor:
 
 
 class RowSumTrainer(train.Trainer):
-    """Records how far the rows of the unembedding's gradient, and of what the optimizer makes of it, cancel."""
+    """Records how far the rows of the unembedding's gradient cancel, and those of its update."""
 
     def update(self, batches):
         W, V = self.model.unembedding.weight, self.config.vocab_size
@@ -171,7 +171,7 @@ def read_rescue(words: list[str]):
     numbers(options.learning_rates)
     if options.steps < 2 or not all(seed.isdecimal() for seed in options.seeds.split(",")):
         fail("--steps must be at least 2, and --seeds whole numbers, like 1,2,3")
-    torch._dynamo.config.cache_size_limit = 64  # an arm and a rate each is a graph of its own
+    torch._dynamo.config.cache_size_limit = 64  # each arm and learning rate has a graph of its own
     rescue(options)
 
 

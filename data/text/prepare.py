@@ -43,7 +43,7 @@ def files_of(inputs: list[Path]):
 
 
 def files_in(given: Path):
-    """Hidden files and folders are copies that editors and notebooks keep. Links to folders may lead round in a circle."""
+    """Files below a folder, without hidden ones (editors' copies) and links to folders (they may form a circle)."""
     for folder, subfolders, names in os.walk(given, onerror=lambda error: fail(f"{error.filename} cannot be read: {error.strerror}")):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         for name in subfolders:
@@ -139,13 +139,13 @@ def encoding_name(name: str) -> str:
 def add_arguments(parser):
     parser.add_argument("inputs", nargs="+", type=Path, help="files or folders")
     parser.add_argument("--encoding", type=encoding_name, default="utf-8", help="of files without a byte order mark (default: %(default)s)")
-    parser.add_argument("--undecodable", choices=("replace", "refuse"), default="replace", help="bytes that are not in the encoding: U+FFFD, or no preparation (default: %(default)s)")
+    parser.add_argument("--undecodable", choices=("replace", "refuse"), default="replace", help="what to do with bytes that are not in the encoding: write U+FFFD, or stop (default: %(default)s)")
     parser.add_argument("--text_key", default="text", help="field of a JSON line that holds the text (default: %(default)s)")
 
 
 if __name__ == "__main__":
     arguments = read_command_line(__doc__, Path(__file__).parent, add_arguments)
-    # What the text depends on is in the record of a preparation, so that it is not resumed with another.
+    # The record holds the settings that change the text, so that a preparation is not resumed with others.
     reading = {"encoding": "utf-8", "undecodable": "replace", "text_key": "text"}
     changed = [f"--{name}={getattr(arguments, name)}" for name, usual in reading.items() if getattr(arguments, name) != usual]
     prepare_as_told(arguments, documents(arguments), source=" ".join([*map(str, arguments.inputs), *changed]))
