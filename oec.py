@@ -45,7 +45,7 @@ def center(W: Tensor, vocab_size: int | None = None, detach_mean: bool = False) 
 
     Without z-loss and soft-cap it leaves probabilities, loss and ∂L/∂h as they were, with tied weights too. The rows of the
     gradient then sum to zero, up to rounding. The exact backward pass still subtracts their mean from every row. This mean is
-    nothing but rounding error, which in low precision is larger than the gradients of rare tokens. `detach_mean` skips the
+    nothing but rounding error, which in low precision can be as large as the gradients of rare tokens. `detach_mean` skips the
     subtraction.
     """
     mu = mean_embedding(W, vocab_size)

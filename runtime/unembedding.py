@@ -25,7 +25,7 @@ except ImportError:  # it comes with PyTorch's CUDA builds
 # inside its caches), large enough to keep the matrix units busy and additions into the weight gradient rare.
 CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**28}
 CHUNK_ROWS = 256
-LARGE_CAP = 1024  # above it, `_softmax_pass` uses tanh: the faster formula with σ would lose digits
+LARGE_CAP = 1024  # above it, `_soft_cap` uses tanh: the faster formula with σ would lose digits
 
 REFUSAL = (
     "the lean unembedding_loss differentiates `loss`, once, and nothing else: detach its other entries, or use the plain "
@@ -90,7 +90,7 @@ def _unembedding(
     precision 1/N times a probability of one in 50,000 is below float16's smallest number.
     """
     wide = torch.promote_types(dtype, torch.float32)
-    softmax_pass = _compiled_softmax_pass() if compiled else _softmax_pass
+    softmax_pass, cap_in_place = (_compiled(_softmax_pass), _compiled(_cap_in_place)) if compiled else (_softmax_pass, _cap_in_place)
     on_triton = _takes_triton(hidden.device, compiled) and wide == torch.float32 and cap <= LARGE_CAP
     (N, d), rows = hidden.shape, W.shape[0]
     chunk_rows = chunk_rows or choose_chunk_rows(N, rows, hidden.device.type)
@@ -116,6 +116,8 @@ def _unembedding(
                 if compiled:  # one compiled pass serves any number of tokens
                     torch._dynamo.maybe_mark_dynamic(real, 0)
                     torch._dynamo.maybe_mark_dynamic(target, 0)
+                if cap and stored == wide:
+                    cap_in_place(real, cap)
                 statistics[:, chunk] = softmax_pass(real, target, z_weight, cap, ignore_index, wide, needs_grad)
                 if needs_grad:
                     logits[:, vocab_size:] = 0
@@ -199,6 +201,17 @@ def _refuse_again(ctx, grad):
 _refuse.register_autograd(_refuse_again)
 
 
+def _soft_cap(raw: Tensor, cap: float) -> Tensor:
+    if cap > LARGE_CAP:
+        return cap * torch.tanh(raw / cap)
+    return 2 * cap * torch.sigmoid(raw * (2 / cap)) - cap  # a third of tanh's time on a CPU
+
+
+def _cap_in_place(logits: Tensor, cap: float):
+    """Caps float32 logits before `_softmax_pass`, which then takes half the time. Low-precision logits would be rounded again."""
+    logits.copy_(_soft_cap(logits, cap))
+
+
 def _softmax_pass(logits, target, z_weight, cap, ignore_index, wide, needs_grad):
     """One chunk: five numbers per token, (5, rows); `logits` become ∂(Σ over tokens of the loss)/∂(logits before the cap).
 
@@ -206,16 +219,13 @@ def _softmax_pass(logits, target, z_weight, cap, ignore_index, wide, needs_grad)
         ∂L/∂l_i   = p_i (1 + 2 λ log Z) − 1[i = target]
         l         = c·tanh(raw / c) = 2c·σ(2 raw / c) − c   gives   ∂l/∂raw = 1 − (l/c)²
 
+    With a cap, logits in the dtype `wide` come capped by `_cap_in_place`.
     Mean and variance of a token's logits are taken about its largest logit: nothing cancels when all of
     them have drifted far from zero together, which is the case worth watching.
     """
 
     def capped(raw):
-        if not cap:
-            return raw
-        if cap > LARGE_CAP:
-            return cap * torch.tanh(raw / cap)
-        return 2 * cap * torch.sigmoid(raw * (2 / cap)) - cap  # a third of tanh's time on a CPU
+        return _soft_cap(raw, cap) if cap and logits.dtype != wide else raw
 
     raw = logits.to(wide)  # (rows, V)
     highest, lowest = capped(raw.amax(dim=1, keepdim=True)), capped(raw.amin(dim=1, keepdim=True))  # (rows, 1)
@@ -243,8 +253,8 @@ def _softmax_pass(logits, target, z_weight, cap, ignore_index, wide, needs_grad)
 
 
 @cache
-def _compiled_softmax_pass():
-    return torch.compile(_softmax_pass, dynamic=False)
+def _compiled(function):
+    return torch.compile(function, dynamic=False)
 
 
 # --- the same pass for CUDA ----------------------------------------------------------------------

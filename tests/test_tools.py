@@ -212,6 +212,16 @@ def test_the_head_alone_in_float32():
         assert lean.unembedding_loss(hidden, W, targets).loss != exact
 
 
+@pytest.mark.slow
+def test_a_second_command_adds_its_runs_to_natural_csv(data, tmp_path):
+    settings = [word for word in tiny_arguments(data, tmp_path / "unused") if not word.startswith("--out_dir")]
+    for arms in ("mu_centering", "baseline"):
+        done = tool("why", "natural", *settings, "--arms", arms, "--out", tmp_path / "natural")
+        assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader(open(tmp_path / "natural/natural.csv")))
+    assert {(row["arm"], row["seed"]) for row in rows} == {("baseline", "1"), ("mu_centering", "1")}
+
+
 def test_why_refuses_what_it_does_not_know(refusal):
     assert "float32_head" in refusal("why", "precision")
     assert "float32_head" in refusal("why")

@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from datetime import timedelta
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 
 import torch
@@ -191,22 +191,22 @@ def natural(words: list[str]):
     if unknown := [arm for arm in options.arms.split(",") if arm not in NATURAL_ARMS]:
         fail(f"there is no arm {unknown[0]!r} among {', '.join(NATURAL_ARMS)}")
     lock(options.out, "writing", "out")
-    rows = []
     for arm, seed in product(options.arms.split(","), options.seeds.split(",")):
         folder = options.out / f"{arm}-seed{seed}"
         own = [f"--{name}={value}" for name, value in NATURAL_ARMS[arm].items()]
         command = [sys.executable, str(Path(train.__file__)), *settings, *own, f"--seed={seed}", f"--out_dir={folder}"]
         if status := subprocess.run(command).returncode:
             fail(f"{folder} ended with {status}: the same command continues from here")
-        rows += natural_rows(folder, arm, seed)
-        write_csv(options.out / "natural.csv", rows)
+        runs = sorted(path.parent for path in options.out.glob("*-seed*/metrics.jsonl"))  # those of earlier commands too
+        rows = [natural_rows(run, *run.name.split("-seed")) for run in runs]
+        write_csv(options.out / "natural.csv", list(chain.from_iterable(rows)))
     print(options.out / "natural.csv")
 
 
 def natural_rows(folder: Path, arm: str, seed: str) -> list[dict]:
     """The validation lines of a run, as rows of natural.csv: rescue.csv's columns."""
     lines = read_metrics(folder)
-    peak = max(line["lr"] for line in lines if line["split"] == "train")
+    peak = max((line["lr"] for line in lines if line["split"] == "train"), default=0)
     values = ("step", "cross_entropy", "logit_mean", "logit_std", "rounding_nats")
     validation = [line for line in lines if line["split"] == "val"]
     return [dict(zip(COLUMNS, ("natural", arm, "", peak, seed, *(line[name] for name in values)))) for line in validation]
