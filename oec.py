@@ -44,8 +44,8 @@ def center(W: Tensor, vocab_size: int | None = None, detach_mean: bool = False) 
     """e_i − μ on the real rows, padding rows untouched; differentiable; shape and dtype of `W` (paper, §4).
 
     Without z-loss and soft-cap it leaves probabilities, loss and ∂L/∂h as they were, with tied weights too. The rows of the
-    gradient then sum to zero, up to rounding. The exact backward pass still subtracts their mean from every row. This mean is
-    nothing but rounding error, which in low precision can be as large as the gradients of rare tokens. `detach_mean` skips the
+    result's gradient then sum to zero, up to rounding. The exact backward pass subtracts their mean from each of them. This mean
+    is nothing but rounding error, which in low precision can be as large as the gradients of rare tokens. `detach_mean` skips the
     subtraction.
     """
     mu = mean_embedding(W, vocab_size)

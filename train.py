@@ -194,7 +194,7 @@ class Trainer:
         self.stop = StopRequest(machine)  # until here, a signal ends the program at once
 
         torch.manual_seed(config.seed)
-        self.model = GPT(config)  # without wrappers: for saving, counting, sampling
+        self.model = GPT(config)  # without wrappers: for saving and counting
         self.model = shard(self.model, config, machine) if config.shard else self.model.to(machine.device)
         self.optimizers = make_optimizers(self.model, config)
         for optimizer in self.optimizers:
@@ -263,7 +263,7 @@ class Trainer:
         values |= {"lr": learning_rate(config, self.step - 1), "bad_steps": self.bad_steps, "tokens_per_second": tokens_per_second}
         values["mfu"] = tokens_per_second * self.model.flops_per_token() / (machine.peak_flops * machine.world_size)
         self.write_metrics("train", values)
-        # No advice with z-loss, where centring changes more than the rounding, nor where the loss is worse than guessing.
+        # No advice with z-loss, whose value centring changes, nor where the loss is worse than guessing.
         is_advised = values["rounding_nats"] >= 0.01 and "centering" not in config.oec and not config.z_loss_weight
         advice = f": resume with --oec=mu_centering --out_dir={self.out_dir}" if is_advised and values["cross_entropy"] < math.log(config.vocab_size) else ""
         machine.say(f"step {self.step}/{config.max_steps} | {log_line(values, advice, seconds_left)}")
@@ -287,7 +287,7 @@ class Trainer:
         """What is due after this step; True on a request to stop. The resumed run makes up for an evaluation that is cut short."""
         config, machine = self.config, self.machine
         is_last, save_interval = self.step == config.max_steps, config.checkpoint_interval or config.eval_interval
-        # While steps are skipped, no checkpoint replaces an earlier, healthy one.
+        # While steps are skipped, no periodic checkpoint replaces an earlier, healthy one.
         is_save = is_last or save_interval and self.step % save_interval == 0 and not self.bad_in_row
         if self.is_evaluation_due() and (values := evaluate(self.compiled, self.val_data, config, machine, self.stop)):
             values |= mu_metrics(self.model, machine.dtype)

@@ -1,4 +1,4 @@
-"""A dataset's folder while it is prepared: locked, with a record of how far it came, and moved in when it is whole."""
+"""A dataset's folder while it is prepared: locked, with a record of how far it came, and moved into place when it is whole."""
 
 import fcntl
 import json

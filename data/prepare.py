@@ -23,7 +23,7 @@ from runtime.errors import fail
 # How text is cut into words before byte pairs are merged; a .tiktoken file does not say. GPT-2's, by OpenAI.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 END_OF_TEXT = "<|endoftext|>"
-SMALL_VAL_FRACTION = 0.1  # least share for validation of a text with too few documents to split by documents
+SMALL_VAL_FRACTION = 0.1  # least validation share of a text that has too few documents to split by
 BYTES = "bytes"  # the tokenizer without a vocabulary: a token for each byte
 
 
@@ -150,7 +150,7 @@ def _split_tail(partial: Path, val_fraction: float, shard_tokens: int, vocab_siz
     tokens = np.concatenate([np.zeros(0, np.uint32), *map(open_shard, paths)])
     n_val = math.ceil(val_fraction * len(tokens))
     if n_val == len(tokens):
-        fail(f"{source} holds {len(tokens)} tokens, too few to train on (--max_tokens cuts it too)")
+        fail(f"{source} holds {len(tokens)} tokens, too few to train on (or --max_tokens is too low)")
     for path in paths:
         path.unlink()
     for split, part in {"train": tokens[:-n_val], "val": tokens[-n_val:]}.items():

@@ -1,8 +1,8 @@
 """Token shards: the format, its reader, and a loader that is a pure function of (seed, sample index).
 
 A shard is what llm.c and modded-nanogpt read: 256 int32 of header (20240520, 1, n_tokens), then uint16 tokens;
-(20240801, 7, n_tokens), then uint32 tokens, where the vocabulary exceeds 65,536. A header-less `.bin` with no such
-magic number is nanoGPT's: uint16 tokens and nothing else.
+(20240801, 7, n_tokens), then uint32 tokens, where the vocabulary exceeds 65,536. A `train.bin` or `val.bin` without a
+magic number is nanoGPT's: uint16 tokens alone.
 """
 
 import hashlib
@@ -60,7 +60,7 @@ def open_shard(path: Path) -> np.ndarray:
         if version != expected_version or n_tokens < 0:
             fail(f"{path} has a damaged header: version {version}, {n_tokens} tokens; prepare the data again")
         if size != expected:
-            fail(f"{path} is {size} bytes and its header says {expected} ({n_tokens} tokens): truncated; prepare the data again")
+            fail(f"{path} is {size} bytes and its header says {expected} ({n_tokens} tokens): {'truncated' if size < expected else 'too long'}; prepare the data again")
         if n_tokens == 0:
             fail(f"{path} holds no token; prepare the data again")
         return np.asarray(np.memmap(path, dtype=token_type, mode="r", offset=4 * HEADER_INTS, shape=(n_tokens,)))

@@ -105,7 +105,7 @@ def check_same_run(state: dict, now: dict, identity: tuple[str, ...], data: dict
     other = [changed[name] for name in identity if name in changed]
     other += [f"the {split} data has changed" for split in data if state["data"].get(split) != data[split]]
     if other:
-        raise ValueError(f"it is of another run: {'; '.join(other)}; undo this, or choose another --out_dir")
+        raise ValueError(f"it is of another run: {'; '.join(other)}; undo this, or start a new run in another --out_dir")
     return [changed[name] for name in sorted(changed) if name not in ("resume", "out_dir", "data_dir")]
 
 
@@ -187,8 +187,8 @@ def restore_optimizers(optimizers: list[torch.optim.Optimizer], saved: list[dict
 
 
 def fits(shape: torch.Size, parameter: torch.Size) -> bool:
-    """Whether an optimizer may keep a tensor of `shape` for a parameter: a scalar, a tensor with another number of dimensions
-    and more than one element, or a tensor that is no larger in any dimension (factored or projected moments)."""
+    """Whether an optimizer may keep a tensor of `shape` for a parameter: a scalar; several elements in another
+    number of dimensions; or a tensor that is no larger in any dimension (factored or projected moments)."""
     if len(shape) == 0 or len(shape) != len(parameter):
         return shape.numel() != 1 or len(shape) == 0
     return all(a <= b for a, b in zip(shape, parameter))

@@ -20,7 +20,7 @@ from runtime.errors import fail, one_line
 
 
 def run_name(config, methods: dict[str, dict], weights: dict[str, str]) -> str:
-    """What tells one run from another: data, size, remedies with their weights (METHODS and WEIGHTS), learning rate, seed."""
+    """A run's name: data, size, remedies with weights (METHODS, WEIGHTS), other unusual settings, learning rate, seed."""
     names = []
     for method, settings in methods.items():
         weight = weights.get(method)
@@ -65,8 +65,8 @@ def open_out_dir(out_dir: Path, resume: str) -> str:
 
 
 def refuse_others(out_dir: Path) -> tuple[dict | None, bool, bool]:
-    """What config.json holds ({} without one, None for one that cannot be read), whether it is a run's, and whether the folder
-    holds a run. Ends the program for a folder that holds other people's files of these names."""
+    """What config.json holds ({} without one, None for one that is not JSON), whether it is a run's, and whether the folder
+    holds a run. Ends the program if its config.json or metrics.jsonl is not a run's."""
     try:
         earlier = json.loads((out_dir / "config.json").read_bytes()) if (out_dir / "config.json").exists() else {}
     except OSError as error:
@@ -84,8 +84,8 @@ held_locks = []  # open files: each lock lasts as long as this process
 
 
 def lock(folder: Path, doing: str, setting: str):
-    """Creates `folder` and locks it for this process: two processes would damage each other's files. Messages call it
-    `setting`. Ends the program if another process keeps the lock for 15 seconds; a killed process may need some to end. If
+    """Creates `folder` and locks it for this process: two processes would damage each other's files. `setting` is its
+    name in messages. Ends the program if another process keeps the lock for 15 seconds; a killed one may take seconds to end. If
     nothing is written into a new folder, it is removed at exit."""
     is_new = not folder.exists()
     for attempt in range(30):
@@ -196,7 +196,7 @@ def diverged(trainer, mu_norm: float) -> str:
     first = trainer.first_bad
     values = ", ".join(f"{name} {first[name]:.4g}" for name in ("loss", "grad_norm", "logit_mean", "logit_absmax"))
     return (
-        f"diverged: {trainer.bad_in_row} steps in a row had no finite loss or gradient and were skipped. The first was step "
+        f"diverged: {trainer.bad_in_row} steps in a row had a loss or a gradient that is not finite, and were skipped. The first was step "
         f"{first['step']}: {values}, stored ‖μ‖ {mu_norm:.4g}. {way_back(trainer)}"
     )
 

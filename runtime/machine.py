@@ -23,8 +23,8 @@ import torch.distributed as dist
 
 from runtime.errors import fail, one_line, say
 
-# Dense bfloat16 peak (V100: float16), FLOP/s, from the makers' data sheets. The first row whose words are all in the
-# GPU's name decides.
+# Dense bfloat16 peak (V100: float16), FLOP/s, from the makers' data sheets. The first entry whose words are all in
+# the GPU's name decides.
 PEAK_FLOPS = {
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12,
     "H20": 148e12, "B200": 2250e12, "GB200": 2500e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 4090": 165e12,
@@ -169,7 +169,7 @@ def multiply_bfloat16_in_float32() -> torch.library.Library:
     def product_into(keyset, a, b, *, out):
         return mm_out.call_boxed(keyset, a, b, out=out) if a.dtype != torch.bfloat16 else out.copy_(mm(keyset, a, b))
 
-    with warnings.catch_warnings(action="ignore"):  # that an operator is replaced
+    with warnings.catch_warnings(action="ignore"):  # about the replaced operators
         addmm = replace("addmm")
         library.impl("mm", mm, "CPU", with_keyset=True)
         library.impl("mm.out", product_into, "CPU", with_keyset=True)

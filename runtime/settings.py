@@ -20,8 +20,8 @@ NANOGPT_NAMES = {
     "max_iters": "max_steps", "warmup_iters": "warmup_steps", "lr_decay_iters": "max_steps, where the schedule ends",
     "min_lr": "min_learning_rate", "decay_lr": "schedule", "eval_iters": "eval_sequences",
     "always_save_checkpoint": "checkpoint_interval", "wandb_log": "wandb_project", "wandb_run_name": "out_dir",
-    "dropout": "no setting, the model has no dropout", "bias": "no setting, the model has no biases",
-    "backend": "no setting: it is NCCL on GPUs and gloo on CPUs", "eval_only": "max_steps and resume", "lr": "learning_rate",
+    "dropout": "nothing, the model has no dropout", "bias": "nothing, the model has no biases",
+    "backend": "nothing, it is NCCL on GPUs and gloo on CPUs", "eval_only": "python -m tools.drift RUN", "lr": "learning_rate",
 }  # fmt: skip
 
 
@@ -72,12 +72,12 @@ def parse(kind: type, key: str, text: str):
 
 
 def value_type(kind: type, key: str, where: str = "") -> type:
-    """bool, int, float or str; the type of a choice among words is `Literal[...]`, and its value a str."""
+    """bool, int, float or str; str also for a choice among words, `Literal[...]`."""
     known = {field.name: field.type for field in fields(kind)}
     if key in known:
         return str if get_origin(known[key]) is Literal else known[key]
     if key in NANOGPT_NAMES:
-        fail(f"there is no setting {key}{where}: use {NANOGPT_NAMES[key]}")
+        fail(f"there is no setting {key}{where}. In its place: {NANOGPT_NAMES[key]}")
     nearest = difflib.get_close_matches(key, known, n=1)
     hint = f": did you mean {nearest[0]}?" if nearest else ""
     fail(f"unknown setting {key!r:.80}{where}{hint} (--help lists all)")
@@ -94,7 +94,7 @@ def check_settings(config):
             fail(f"{field.name}={value!r:.80} is not one of: {', '.join(get_args(field.type))}")
         least, limit = (1 if field.name in AT_LEAST_ONE else 0), (2**31 if field.type is int else math.inf)
         if field.type in (int, float) and not least <= value < limit:
-            fail(f"{field.name}={value} must be a finite number of at least {least}")
+            fail(f"{field.name}={value} must be at least {least} and {f'below {limit}' if field.type is int else 'finite'}")
         if field.type is str and not value.isprintable():
             fail(f"{field.name}={value!r:.80} holds a character that cannot be printed")
     if not re.fullmatch(r"\w[\w.-]*", config.dataset):

@@ -39,7 +39,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def gathered(tree, keep: bool):
-    """A tree of dicts and lists whose sharded tensors are whole, on the CPU of the processes that `keep` them. Every process must call it.
+    """`tree` (dicts, lists) with its sharded tensors whole, on the CPU of processes that `keep` them, None elsewhere. All must call it.
     One tensor at a time, so that no device holds more than one of them. Other values are passed on."""
     if isinstance(tree, dict):
         return {key: gathered(value, keep) for key, value in tree.items()}

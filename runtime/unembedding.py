@@ -21,7 +21,7 @@ try:
 except ImportError:  # it comes with PyTorch's CUDA builds
     triton = None
 
-# A chunk of logits holds about this many numbers, and at least CHUNK_ROWS tokens: small beside the model (on a CPU,
+# A chunk holds at most about this many logits, or CHUNK_ROWS tokens if that is more: small beside the model (on a CPU,
 # inside its caches), large enough to keep the matrix units busy and additions into the weight gradient rare.
 CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**28}
 CHUNK_ROWS = 256
@@ -86,7 +86,7 @@ def _unembedding(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss, the other scalars of UnembeddingLoss, ∂(sum over tokens)/∂hidden and ∂/∂W, and 1/count.
 
-    Gradients are formed here, where the logits are, as sums over tokens. `backward` divides by the count, in float32: in half
+    Gradients are formed here, where the logits are, as sums over tokens. `_scale_gradients` divides by the count, in float32: in half
     precision 1/N times a probability of one in 50,000 is below float16's smallest number.
     """
     wide = torch.promote_types(dtype, torch.float32)
@@ -308,12 +308,12 @@ if triton:
         CAP: tl.constexpr, BLOCK: tl.constexpr, LOAD: tl.constexpr,
     ):  # fmt: skip
         """One program per token, two passes over its logits: statistics, then the gradient. A thread loads LOAD neighbours, 16 bytes,
-        at a time, and threads meet after the loops. Only the last block of a row has padding and needs masks."""
+        at a time, and threads meet after the loops. Blocks before LAST have no padding and need no masks."""
         row = tl.program_id(0).to(tl.int64)
         line = logits + row * WIDTH
         LAST: tl.constexpr = (V - 1) // BLOCK * BLOCK  # the last block with real logits starts here
         lanes = tl.arange(0, BLOCK // LOAD)[:, None] * LOAD + tl.arange(0, LOAD)[None, :]
-        is_real, is_stored = lanes < V - LAST, lanes < WIDTH - LAST  # is_stored for loads: V is often odd, and is_real would make them narrow
+        is_real, is_stored = lanes < V - LAST, lanes < WIDTH - LAST  # loads use is_stored: with is_real they would be narrow where V is odd
         target = tl.load(targets + row).to(tl.int32)
         is_counted = target != ignore_index
         is_token = (target >= 0) & (target < V)

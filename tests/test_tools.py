@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -215,9 +216,21 @@ def test_the_head_alone_in_float32():
 @pytest.mark.slow
 def test_a_second_command_adds_its_runs_to_natural_csv(data, tmp_path):
     settings = [word for word in tiny_arguments(data, tmp_path / "unused") if not word.startswith("--out_dir")]
+    natural = ["why", "natural", *settings, "--out", tmp_path / "natural"]
     for arms in ("mu_centering", "baseline"):
-        done = tool("why", "natural", *settings, "--arms", arms, "--out", tmp_path / "natural")
+        done = tool(*natural, "--arms", arms)
         assert done.returncode == 0, done.stderr
+
+    command = [sys.executable, "-m", "tools.why", *map(str, natural[1:]), "--arms", "z_loss", "--max_steps=100000"]
+    stopped = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "natural/z_loss-seed1/metrics.jsonl").exists():
+        assert stopped.poll() is None, stopped.communicate()
+        time.sleep(0.01)
+    for child in Path(f"/proc/{stopped.pid}/task/{stopped.pid}/children").read_text().split():
+        os.kill(int(child), signal.SIGTERM)
+    _, error = stopped.communicate(timeout=PATIENCE)
+    assert stopped.returncode == 2 and error.endswith("was stopped: the same command continues from here\n"), error
+
     rows = list(csv.DictReader(open(tmp_path / "natural/natural.csv")))
     assert {(row["arm"], row["seed"]) for row in rows} == {("baseline", "1"), ("mu_centering", "1")}
 

@@ -7,7 +7,7 @@
 
 Everything else on the command line goes to train.py's settings. Each contender is a process of its own that builds
 its model, compiles and then waits for its turns, so memory is its own and nothing else runs while it is timed.
-The data are random tokens with a natural distribution, the same for all.
+The data are random tokens, V·u⁴ of a uniform u, the same for all.
 """
 
 import argparse
@@ -79,7 +79,7 @@ def peer_step(config, data: Path, folder: Path, kind: str, is_mended: bool):
     """
     machine = start_machine(config)
     device, is_cuda = machine.device.type, machine.device.type == "cuda"
-    dtype = machine.dtype if is_cuda or is_mended else torch.float32  # both run in float32 on a CPU
+    dtype = machine.dtype if is_cuda or is_mended else torch.float32  # peers use float32 on a CPU
     autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device, dtype)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.use_deterministic_algorithms(False)
@@ -136,7 +136,7 @@ def load_module(path: Path):
 
 
 def head_step(config, what: str):
-    """The unembedding alone, forward and backward, on fixed hidden states: ours by method, or something to stand beside."""
+    """The unembedding alone, forward and backward, on fixed hidden states: ours by method, or one to compare it with."""
     machine = start_machine(config)
     device, N, V = machine.device, config.micro_batch_size * config.block_size, config.padded_vocab_size
     generator = torch.Generator().manual_seed(0)
@@ -165,7 +165,7 @@ def head_step(config, what: str):
     def plain(hidden, W, targets):
         return F.cross_entropy((hidden @ W.T).float(), targets)
 
-    def linear_cross_entropy(hidden, W, targets):  # PyTorch's own, in chunks, which it does not compile
+    def linear_cross_entropy(hidden, W, targets):  # PyTorch's own, in chunks, not compiled
         return F.linear_cross_entropy(hidden, W.to(hidden.dtype), targets, options=torch.nn.LinearCrossEntropyOptions())
 
     function = {"linear_cross_entropy": linear_cross_entropy, "plain": torch.compile(plain)}.get(what) or torch.compile(ours)
@@ -487,8 +487,8 @@ def main():
         return work(json.loads(sys.argv[2]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--parts", default="step,head,loader,checkpoint,start", help=f"of {', '.join(PARTS)} (default: all but scaling)")
-    parser.add_argument("--methods", default=",".join(METHODS), help="the first is what the others are compared with (default: all)")
-    parser.add_argument("--peer", type=pair, action="append", default=[], help="NAME=FOLDER of nanoGPT (nanogpt) or the paper's code (oec)")
+    parser.add_argument("--methods", default=",".join(METHODS), help="whole steps are compared with the first one (default: all)")
+    parser.add_argument("--peer", type=pair, action="append", default=[], help="nanogpt=FOLDER of nanoGPT, or oec=FOLDER of the paper's code")
     parser.add_argument("--variant", type=pair, action="append", default=[], help='NAME="settings of train.py", to be compared too')
     parser.add_argument("--rounds", type=int, default=7, help="turns of each contender (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=2.0, help="length of a turn (default: %(default)s)")
@@ -500,7 +500,7 @@ def main():
         if unknown := [name for name in given if name not in known]:
             fail(f"there is no {unknown[0]!r} among {', '.join(known)}")
     if options.rounds < 1 or not 0 < options.seconds < 1000:
-        fail("--rounds must be at least 1 and --seconds above 0")
+        fail("--rounds must be at least 1, and --seconds above 0 and below 1000")
     if options.json and options.json.exists():
         fail(f"{options.json} exists: name another file for --json, or move it away")
     if options.json and not os.access(options.json.absolute().parent, os.W_OK):

@@ -1,4 +1,4 @@
-"""How far a model's logits have drifted, what their rounding costs, and a drift of any size for any trained model.
+"""How far a model's logits have drifted, what their rounding costs, and a drift of any size for a run of ours.
 
     python -m tools.drift out/RUN                                           drift and cost, on the run's validation data
     python -m tools.drift out/RUN --mean_logit 588 --out drifted.pt         the same function, its logits around 588
@@ -8,7 +8,7 @@
     python -m tools.drift FOLDER --text notes.txt --center OUT              and the same model without μ in its output embedding
 
 Adding one vector to every row of W shifts all logits of a token alike, which the softmax does not see. With h̄ the mean
-hidden state, W + c·h̄ᵀ/‖h̄‖² moves the mean logit by c and changes nothing else, in exact arithmetic. What it does change
+hidden state, W + c·h̄ᵀ/‖h̄‖² moves the mean logit by c and no probability, in exact arithmetic. What it does change
 in low precision is the subject of results/why.md. OUT of --mean_logit is a checkpoint for train.py's --init_from.
 """
 
@@ -56,7 +56,7 @@ def hidden_of_run(model, config: dict, tokens: int = 16_384) -> tuple[Tensor, Te
     """Final hidden states (N, d) and targets (N,) of a model of ours on the first validation windows of its run's data."""
     folder = dataset_folder(config["dataset"], config["data_dir"])
     if not folder.is_dir():
-        fail(f"the run's data, {folder}, is not there: start from where the run was started")
+        fail(f"the run's data, {folder}, is not there: call this where the run was started")
     _, val = open_dataset(folder, config["block_size"], config["vocab_size"])
     windows = torch.from_numpy(val.read(np.arange(min(len(val), max(1, tokens // config["block_size"])))))
     hidden = []
@@ -190,7 +190,7 @@ def drift(checkpoint: Path, mean_logit: float, out: Path):
 
 
 def curve(checkpoint: Path) -> list[dict]:
-    """A row for each mean logit and arm: the loss over that of the undrifted model in float32."""
+    """A row for each mean logit and arm: the loss minus that of the undrifted model in float32."""
     model, config = load_model(checkpoint)
     check_can_drift(model, checkpoint)
     hidden, targets = hidden_of_run(model, config)
@@ -281,7 +281,7 @@ def draw_curve(axis, rows: list[dict], published: list[dict]):
     if published:
         points = [(row["mean_logit"], max(row["published_excess"], 3e-5)) for row in published]
         axis.plot(*zip(*points), "*", color="#e69f00", ms=11, mec="#222222", mew=0.5, label="the paper's baselines, published")
-    axis.set(xscale="log", yscale="log", xlim=(25, 3500), ylim=(2e-5, 20), xlabel="mean logit", ylabel="loss over the exact one (nats)")
+    axis.set(xscale="log", yscale="log", xlim=(25, 3500), ylim=(2e-5, 20), xlabel="mean logit", ylabel="loss − exact loss (nats)")
     axis.legend(fontsize=6.5, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncol=3)
 
 
@@ -333,13 +333,13 @@ def center_folder(model, tokenizer, folder: Path, out: Path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", type=Path, help="a ckpt_*.pt file, a run's folder (its newest), or a Hugging Face folder")
-    parser.add_argument("--mean_logit", type=float, help="transplant a drift: the resulting mean logit of the stored W; needs --out")
+    parser.add_argument("model", nargs="?", type=Path, help="a ckpt_*.pt file, a run's folder for its newest one, or a Hugging Face folder")
+    parser.add_argument("--mean_logit", type=float, help="add a drift, so that the mean logit of the stored W becomes this; needs --out")
     parser.add_argument("--curve", action="store_true", help="loss against mean logit; writes OUT.csv, OUT.png and OUT.svg")
     parser.add_argument("--published", type=Path, metavar="CSV", help="the paper's runs: printed as a table, or with --curve drawn as points")
     parser.add_argument("--text", type=Path, help="a text file, for a Hugging Face folder")
     parser.add_argument("--center", type=Path, metavar="OUT", help="write a Hugging Face folder with its output embedding centred")
-    parser.add_argument("--out", type=Path, help="the file to write")
+    parser.add_argument("--out", type=Path, help="the file to write; with --curve without ending")
     options = parser.parse_args()
     if options.model is None:
         if not options.published:

@@ -221,7 +221,7 @@ def parts_before_last_merge(token: bytes, ranks: dict[bytes, int]) -> list[bytes
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="a ckpt_*.pt file, or the folder of a run: its newest")
+    parser.add_argument("checkpoint", type=Path, help="a ckpt_*.pt file, or a run's folder for its newest one")
     parser.add_argument("out", type=Path, help="the folder to make")
     parser.add_argument("--tokenizer", default="", help="tiktoken encoding, bytes, or a .tiktoken file (default: that of the run's data)")
     arguments = parser.parse_args()

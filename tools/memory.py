@@ -40,7 +40,7 @@ def activation_bytes(config: TrainConfig, low: int) -> int:
     kept (d wide, but h in the SwiGLU)                       eager                     compiled
     -------------------------------------------------------  ------------------------  ---------------------------------
     both norms' inputs, the residual stream                  2 d, float32              2 d, float32
-    queries, keys and values; normed, rotated queries, keys  3 d + 2 d                 3 d + 2 d (and, float32, 2 d more)
+    queries, keys and values; normed, rotated queries, keys  3 d + 2 d                 3 d + 2 d (float32 run: 2 d more)
     attention's output, the products' normed inputs          3 d (autocast: 4 d)       3 d
     gate, its silu, up, their product                        4 h                       3 h: the silu is computed again
     means and deviations of the norms, log Z of each head    4 + 5 per head, float32   the same

@@ -45,7 +45,7 @@ CURVES = {
     "logit_absmax": "largest |logit|", "grad_norm": "gradient norm", "stored_mu_norm": "‖μ‖ of the stored embeddings",
     "gradient_row_sum": "‖Σ of the gradient’s rows‖ / Σ ‖row‖", "update_row_sum": "‖Σ of the update’s rows‖ / Σ ‖row‖",
 }  # fmt: skip
-# Names of the output embedding in other people's files, the first one found is taken.
+# Names of the output embedding in other people's files; the first one found is taken.
 OUTPUT_EMBEDDINGS = (
     "unembedding.weight", "lm_head.weight", "embed_out.weight", "output.weight", "lm_head.embedding.weight",
     "model.embed_tokens.weight", "transformer.wte.weight", "wte.weight",

@@ -40,7 +40,7 @@ def tokenizer_of(config: dict, name: str = "") -> tiktoken.Encoding:
     if name:
         encoding, owner = load_tokenizer(name), f"tokenizer {name}"
     elif not folder.is_dir():
-        fail(f"the run's data, {folder}, is not there, and its tokenizer with it: give --tokenizer, or start from where the run was started")
+        fail(f"the run's data, {folder}, is not there, and its tokenizer with it: give --tokenizer, or call this where the run was started")
     elif named := read_meta(folder).get("tokenizer"):
         encoding, owner = load_tokenizer(named, folder), f"tokenizer of {folder}"
     elif config["vocab_size"] == GPTConfig.vocab_size:
@@ -54,7 +54,7 @@ def tokenizer_of(config: dict, name: str = "") -> tiktoken.Encoding:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="a ckpt_*.pt file, or the folder of a run: its newest")
+    parser.add_argument("checkpoint", type=Path, help="a ckpt_*.pt file, or a run's folder for its newest one")
     parser.add_argument("--prompt", default="", help="text to continue (default: a new document)")
     parser.add_argument("--tokenizer", default="", help="tiktoken encoding, bytes, or a .tiktoken file (default: that of the run's data)")
     parser.add_argument("--tokens", type=int, default=200, help="how many to add (default: %(default)s)")

@@ -68,7 +68,7 @@ class Cell:
         self.key = (method, str(stated), str(self.config.learning_rate), str(self.config.seed))
 
     def start(self, slot: int, jobs: int):
-        """On a GPU of its own, or on its share of the cores."""
+        """On its share of the cores and, if there are GPUs, on its own one."""
         cores = sorted(os.sched_getaffinity(0))
         share = cores[slot * len(cores) // jobs : (slot + 1) * len(cores) // jobs] or cores
         environment = os.environ | ({"CUDA_VISIBLE_DEVICES": str(slot)} if torch.cuda.is_available() else {})
@@ -114,7 +114,7 @@ def open_sweep(out: Path, config: TrainConfig) -> list[dict]:
         lock(out, "running a sweep in", "out")
         if not path.exists():
             write_whole(path, json.dumps(settings, indent=1).encode() + b"\n")
-        earlier = asdict(TrainConfig()) | json.loads(path.read_text())  # settings that are newer than the folder
+        earlier = asdict(TrainConfig()) | json.loads(path.read_text())  # defaults for newer settings
         if changed := [f"{k} was {earlier.get(k)!r}, is {v!r}" for k, v in settings.items() if earlier.get(k) != v]:
             fail(f"{out} holds another sweep: {'; '.join(changed)}; set it back, or choose another --out")
     except OSError as error:
@@ -166,7 +166,7 @@ def sensitivities(rows: list[dict]) -> list[float]:
 
 
 def summary(rows: list[dict]) -> str:
-    """One row per method: best loss, learning-rate sensitivity (median and range over seeds), time per step over baseline."""
+    """One row per method and λ: best loss, learning-rate sensitivity (median and range over seeds), time per step over baseline."""
     lines = ["| method | λ | learning rates | best loss | at | learning-rate sensitivity | over seeds | diverged | time per step / baseline |", "| --- " * 9 + "|"]
     pace = {}
     for method, weight in dict.fromkeys((row["method"], row["lambda"]) for row in rows):

@@ -6,8 +6,8 @@
     python -m tools.why row_sums config/quick.py --dtype=float32 --learning_rate=0.3
     python -m tools.why sgd_row_sums config/quick.py --dtype=float32 --learning_rate=1
 
-rescue         a trained model is given a drift (tools.drift) and trained further, by each remedy: OUT/rescue.csv
-natural        logits that drift by themselves, by each remedy and in float32: runs of train.py, and OUT/natural.csv of them
+rescue         a drift (tools.drift) is added to a trained model, which is trained on with each remedy: OUT/rescue.csv
+natural        logits drift by themselves, with each remedy and in float32: runs of train.py, and OUT/natural.csv of them
 float32_head   the unembedding and its loss in float32, whatever the dtype of all else
 row_sums       metrics.jsonl has gradient_row_sum and update_row_sum of the unembedding as well
 sgd_row_sums   the same, with plain SGD in AdamW's place
@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import csv
 import io
+import json
 import subprocess
 import sys
 import tempfile
@@ -88,7 +89,7 @@ ARMS |= {"float32_logits": {"logits_dtype": "float32"}, "float32_head": {}, "mu_
 
 
 def rescue(options):
-    """All combinations that OUT/rescue.csv does not have yet, in this process, so that an arm is compiled once."""
+    """Runs the combinations that OUT/rescue.csv lacks, in this process, so that an arm is compiled once."""
     if unknown := [arm for arm in options.arms.split(",") if arm not in ARMS]:
         fail(f"there is no arm {unknown[0]!r} among {', '.join(ARMS)}")
     weights = numbers(options.weights) if options.weights else [""]
@@ -158,7 +159,7 @@ def continue_training(model, config: dict, settings: dict, head: bool, rate: flo
 
 def read_rescue(words: list[str]):
     parser = argparse.ArgumentParser(prog="python -m tools.why rescue", description=rescue.__doc__)
-    parser.add_argument("checkpoint", type=Path, help="a ckpt_*.pt file, or the folder of a run: its newest")
+    parser.add_argument("checkpoint", type=Path, help="a ckpt_*.pt file, or a run's folder for its newest one")
     parser.add_argument("--mean_logits", default="588", help="drifts, 0 for none (default: %(default)s)")
     parser.add_argument("--arms", default="baseline,mu_loss,mu_centering,z_loss,softcap,float32_logits,float32_head", help=f"of {', '.join(ARMS)}")
     parser.add_argument("--weights", default="", help="λ or cap of the arms (default: the method's)")
@@ -171,7 +172,7 @@ def read_rescue(words: list[str]):
     numbers(options.learning_rates)
     if options.steps < 2 or not all(seed.isdecimal() for seed in options.seeds.split(",")):
         fail("--steps must be at least 2, and --seeds whole numbers, like 1,2,3")
-    torch._dynamo.config.cache_size_limit = 64  # each arm and learning rate has a graph of its own
+    torch._dynamo.config.cache_size_limit = 64  # each arm and weight has a graph of its own
     rescue(options)
 
 
@@ -196,7 +197,10 @@ def natural(words: list[str]):
         own = [f"--{name}={value}" for name, value in NATURAL_ARMS[arm].items()]
         command = [sys.executable, str(Path(train.__file__)), *settings, *own, f"--seed={seed}", f"--out_dir={folder}"]
         if status := subprocess.run(command).returncode:
-            fail(f"{folder} ended with {status}: the same command continues from here")
+            fail(f"{folder} ended with {status}: the same command tries it again")
+        lines = [line["step"] for line in read_metrics(folder) if line["split"] == "val"]
+        if not lines or lines[-1] < json.loads((folder / "config.json").read_text())["max_steps"]:
+            fail(f"{folder} was stopped: the same command continues from here")
         runs = sorted(path.parent for path in options.out.glob("*-seed*/metrics.jsonl"))  # those of earlier commands too
         rows = [natural_rows(run, *run.name.split("-seed")) for run in runs]
         write_csv(options.out / "natural.csv", list(chain.from_iterable(rows)))
@@ -224,7 +228,7 @@ def main():
         print(__doc__)
         raise SystemExit(0)
     if len(sys.argv) < 2 or sys.argv[1] not in VARIANTS:
-        fail(f"the first word must be one of {', '.join(VARIANTS)}, then train.py's")
+        fail(f"the first word must be one of {', '.join(VARIANTS)}; settings follow")
     variant = sys.argv.pop(1)
     if "row_sums" in variant:
         train.Trainer = RowSumTrainer

@@ -20,7 +20,7 @@ def add_arguments(parser):
 
 
 def link_shards(folder: Path, out: Path):
-    """Links in `out` to the shards of `folder`, once they pass what training checks, and a `meta.json`."""
+    """Puts links to the shards of `folder`, if they pass training's checks, and a `meta.json` into `out`."""
     train, val = open_dataset(folder, block_size=1, vocab_size=GPT2_VOCABULARY)
     with partial_folder(out) as partial:
         if (partial / "meta.json").exists():  # killed while it was moved in

@@ -1,4 +1,4 @@
-"""The Python sources every machine has, cut by the project's own 4,096 tokens: no network, ready in seconds.
+"""The Python sources every machine has, in the project's own vocabulary of 4,096 tokens: no network, ready in seconds.
 
 `train.py` prepares it by itself on first use.
 """

@@ -28,7 +28,7 @@ def kind_of(path: Path) -> str | None:
 
 
 def files_of(inputs: list[Path]):
-    """The files to read, each once: those that are named, and the files of folders that are not hidden."""
+    """The files to read, each once: those that are named, and those in folders that are named, without hidden ones."""
     seen = set()
     for given in inputs:
         found = sorted(files_in(given)) if given.is_dir() else [given]
