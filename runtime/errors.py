@@ -5,6 +5,7 @@ import os
 import select
 import signal
 import sys
+import time
 
 
 def end_cleanly():
@@ -70,6 +71,8 @@ def say(message: str):
 def fail(message: str):
     """Ends the program for a user's mistake: one line on standard error, exit status 2."""
     printable = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(3)  # where process 0 makes the same mistake, its message is enough: torchrun then ends this process
     print(f"nanoOEC: {printable}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import runtime.errors
 from runtime.folder import read_metrics
 from tests.conftest import PATIENCE, ROOT, tiny_arguments, tiny_folder, train_on_text
 from tools.sweep import read_sweep
@@ -148,6 +149,17 @@ def test_a_sweep_is_drawn_while_it_runs(tmp_path):
 
 def has_loaded(pid: int, library: str) -> bool:
     return library in Path(f"/proc/{pid}/maps").read_text()
+
+
+def test_process_0_says_a_mistake_before_the_others(monkeypatch, capsys):
+    """torchrun ends all processes when the first one fails: the same line is not printed eight times."""
+    waits = []
+    monkeypatch.setattr(runtime.errors.time, "sleep", waits.append)
+    for rank, expected in (("0", []), ("7", [3])):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit, match="2"):
+            runtime.errors.fail("wrong")
+        assert waits == expected and capsys.readouterr().err == "nanoOEC: wrong\n"
 
 
 def test_ctrl_c_in_an_import_is_not_lost_where_c_code_drops_it(tmp_path):
