@@ -263,9 +263,9 @@ class Trainer:
         values |= {"lr": learning_rate(config, self.step - 1), "bad_steps": self.bad_steps, "tokens_per_second": tokens_per_second}
         values["mfu"] = tokens_per_second * self.model.flops_per_token() / (machine.peak_flops * machine.world_size)
         self.write_metrics("train", values)
-        # No advice with z-loss, whose value centring changes, nor where the loss is worse than guessing.
-        is_advised = values["rounding_nats"] >= 0.01 and "centering" not in config.oec and not config.z_loss_weight
-        advice = f": resume with --oec=mu_centering --out_dir={self.out_dir}" if is_advised and values["cross_entropy"] < math.log(config.vocab_size) else ""
+        has_drifted = values["rounding_nats"] >= 0.01 and abs(values["logit_mean"]) > values["logit_std"]  # together, which centring mends
+        is_advised = has_drifted and values["cross_entropy"] < math.log(config.vocab_size) and "centering" not in config.oec
+        advice = f": resume with --oec=mu_centering --out_dir={self.out_dir}" if is_advised and not config.z_loss_weight else ""  # it changes z-loss
         machine.say(f"step {self.step}/{config.max_steps} | {log_line(values, advice, seconds_left)}")
 
     def write_metrics(self, split: str, values: dict):

@@ -483,6 +483,15 @@ def test_centring_is_not_advised_where_the_loss_is_above_that_of_guessing(data, 
     assert lines and not any("resume with --oec" in line for line in lines)
 
 
+def test_centring_is_not_advised_where_logits_are_large_without_a_drift(data, tmp_path, train_here, capsys, monkeypatch):
+    monkeypatch.setattr("runtime.unembedding.rounding_nats", lambda size, dtype: torch.ones_like(size))
+    train_here(tiny_arguments(data, tmp_path / "out", oec="none"))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "rounding costs 1.0" in line]
+    trained = [x for x in metrics_of(tmp_path / "out") if x["split"] == "train"]
+    assert lines and not any("resume with --oec" in line for line in lines)
+    assert any(x["cross_entropy"] < math.log(VOCAB) and abs(x["logit_mean"]) < x["logit_std"] for x in trained)
+
+
 def test_a_run_whose_last_validation_loss_is_not_finite_ends_with_3(data, tmp_path, train_here, capsys):
     with pytest.raises(SystemExit) as end:
         train_here(tiny_arguments(data, tmp_path / "out", **BREAKS | {"max_steps": 8}, max_bad_steps=20, eval_interval=0))
