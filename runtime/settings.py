@@ -115,7 +115,7 @@ def check_settings(config):
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if config.shard and (world_size == 1 or config.shard_size == 1 or world_size % (config.shard_size or 1)):
         fail(
-            f"shard=True cannot share a model out over {world_size} processes with shard_size={config.shard_size}. "
+            f"shard=True cannot share a model out with processes={world_size}, shard_size={config.shard_size}. "
             "Start several with torchrun, and let shard_size be 0 or a divisor of their number above 1"
         )
     if config.shard and config.optimizer == "muon":
