@@ -483,7 +483,8 @@ def test_two_processes_never_write_one_run(data, tmp_path, monkeypatch):
     done = run_command(tiny_arguments(data, out))
     assert done.returncode == 2 and "another process" in done.stderr and len(done.stderr.splitlines()) == 1
     run.terminate()
-    assert run.wait(timeout=PATIENCE) == 0
+    output, _ = run.communicate(timeout=PATIENCE)  # a fast run fills the pipe in these 15 s, and waits for a reader
+    assert run.returncode == 0, output
 
 
 def test_when_all_checkpoints_are_damaged_they_are_named(finished, train_here, capsys):

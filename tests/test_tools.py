@@ -1,6 +1,7 @@
 """tools/: from the command line, on a run that the test has trained."""
 
 import csv
+import fcntl
 import importlib
 import importlib.util
 import json
@@ -182,6 +183,19 @@ def test_a_folder_of_other_things_is_no_sweep(data, tmp_path, refusal):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes").write_text("mine")
     assert "holds no sweep" in refusal("sweep", *sweep_command(data, tmp_path / "mine")[3:])
+
+
+@pytest.mark.slow
+def test_a_sweep_that_another_process_begins_is_no_folder_of_other_things(data, tmp_path, refusal):
+    """The other one holds the lock and has not written sweep.json yet."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/sweep.json.tmp").touch()
+    with open(tmp_path / "out/.lock", "a") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        done = tool("sweep", *sweep_command(data, tmp_path / "out")[3:])  # POSIX locks are between processes
+        assert done.returncode == 2 and "another process is running a sweep in" in done.stderr
+    (tmp_path / "out/notes").write_text("mine")
+    assert "holds no sweep" in refusal("sweep", *sweep_command(data, tmp_path / "out")[3:])
 
 
 # --- what the paper leaves open

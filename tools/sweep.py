@@ -109,10 +109,13 @@ def open_sweep(out: Path, config: TrainConfig) -> list[dict]:
     settings = {name: value for name, value in asdict(config).items() if name not in OF_THE_CELL}
     try:
         path = out / "sweep.json"
-        if not path.exists() and out.exists() and any(file.name != ".lock" for file in out.iterdir()):
+        names = {file.name for file in out.iterdir()} if out.exists() else set()
+        if names and not names & {".lock", path.name}:  # with a lock, a sweep may have just begun there
             fail(f"{out} is not empty and holds no sweep: choose another --out")
         lock(out, "running a sweep in", "out")
         if not path.exists():
+            if {file.name for file in out.iterdir()} - {".lock", f"{path.name}.tmp"}:
+                fail(f"{out} is not empty and holds no sweep: choose another --out")
             write_whole(path, json.dumps(settings, indent=1).encode() + b"\n")
         earlier = asdict(TrainConfig()) | json.loads(path.read_text())  # defaults for newer settings
         if changed := [f"{k} was {earlier.get(k)!r}, is {v!r}" for k, v in settings.items() if earlier.get(k) != v]:
