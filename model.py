@@ -120,19 +120,19 @@ class Block(nn.Module):
 
 
 def rotary_angles(block_size: int, head_size: int) -> tuple[Tensor, Tensor]:
-    """cos and sin of position × frequency, each (T, 1, D/2): half of a head's dimensions are rotated, by D/4 angles, listed twice."""
-    rotated = head_size // 2
-    frequency = ROPE_BASE ** (-torch.arange(0, rotated, 2, dtype=torch.float64) / rotated)
-    angle = torch.outer(torch.arange(block_size, dtype=torch.float64), frequency).repeat(1, 2)[:, None]
-    return angle.cos().float(), angle.sin().float()
+    """cos and sin for `rotate`, each (T, 1, D). The first half of a head consists of D/4 pairs, whose members are D/4 apart and turn by
+    position × frequency. The second half stays as it is: its cos is 1 and its sin 0."""
+    frequency = ROPE_BASE ** (-torch.arange(head_size // 4, dtype=torch.float64) / (head_size // 4))
+    angle = torch.outer(torch.arange(block_size, dtype=torch.float64), frequency)[:, None]  # (T, 1, D/4)
+    one, zero = torch.ones_like(angle), torch.zeros_like(angle)
+    cos, sin = (angle.cos(), angle.cos(), one, one), (-angle.sin(), angle.sin(), zero, zero)
+    return torch.cat(cos, dim=-1).float(), torch.cat(sin, dim=-1).float()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of the first half of each head, rotate-half convention; x (B, T, H, D)."""
-    first, second, rest = x.split((cos.shape[-1] // 2, cos.shape[-1] // 2, x.shape[-1] - cos.shape[-1]), dim=-1)
-    rotated_half = torch.cat((-second, first), dim=-1)
-    turned = torch.cat((first, second), dim=-1) * cos.to(x.dtype) + rotated_half * sin.to(x.dtype)
-    return torch.cat((turned, rest), dim=-1)
+    """Rotary embedding, rotate-half convention; x (B, T, H, D). Without slices of x, torch.compile fuses all of it with the norm before."""
+    partner = x.unflatten(-1, (2, 2, -1)).flip(-2).flatten(-3)  # the other member of each pair
+    return x * cos.to(x.dtype) + partner * sin.to(x.dtype)
 
 
 class GPT(nn.Module):
@@ -149,7 +149,7 @@ class GPT(nn.Module):
         if config.tie_weights:
             self.unembedding.weight = self.embedding.weight
         for name in ("cos", "sin"):
-            self.register_buffer(name, torch.empty(config.block_size, 1, config.n_embd // config.n_head // 2), persistent=False)
+            self.register_buffer(name, torch.empty(config.block_size, 1, config.n_embd // config.n_head), persistent=False)
         self.initialize()
 
     @torch.no_grad()

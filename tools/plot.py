@@ -206,7 +206,7 @@ def draw_why(curve: Path, runs: Path, published: Path | None, out: Path):
     if undrifted:
         right.axhline(undrifted[-1], color="#888888", lw=0.8, ls="--", label="baseline, never drifted, at the end")
         right.set_ylim(top=1.2 * max(float(row["loss"]) for row in lines if row["step"] == lines[-1]["step"] and row["mean_logit"] == drift))
-    what = "logits drift by themselves, bfloat16 but where said" if drift == "natural" else f"trained further in bfloat16 from a mean logit of {drift}"
+    what = "logits drift by themselves (bfloat16 unless named)" if drift == "natural" else f"trained further in bfloat16 from a mean logit of {drift}"
     right.set_title(what, loc="left", fontsize=9)
     right.set(xlabel="step", ylabel="validation loss (nats)")
     right.legend(fontsize=6.5, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncol=4)
