@@ -274,6 +274,7 @@ class Contender:
 
 def compare(title: str, makers: list, rounds: int) -> list[dict]:
     """The first contender and the others have their turns: a row each, ratios to the first, round by round.
+    Each round begins with another one, since the first turn after a pause can be slow.
     On a GPU two hold the card at a time: the first, and the others one after another."""
     first = start(title, makers[:1])[0]
     at_once = 1 if torch.cuda.is_available() else len(makers)
@@ -281,8 +282,10 @@ def compare(title: str, makers: list, rounds: int) -> list[dict]:
     for at in range(1, max(2, len(makers)), at_once):
         others = start(title, makers[at : at + at_once])
         began = time.perf_counter()
+        group = [first, *others]
         for turn in range(rounds):
-            for contender in (first, *others):
+            begins = turn % len(group)
+            for contender in group[begins:] + group[:begins]:
                 contender.times.append(contender.ask("round"))
             left = (time.perf_counter() - began) / (turn + 1) * (rounds - turn - 1)
             progress(f"{title}: round {turn + 1} of {rounds}, {left:.0f} s left")
