@@ -60,7 +60,7 @@ class GPTConfig:
     mu_loss_weight: float = 1e-4  # λ of μᵀμ, used when oec is mu_loss
     z_loss_weight: float = 0.0  # λ of mean (log Z)²; 0 is off
     logit_softcap: float = 0.0  # c of c·tanh(logit/c); 0 is off
-    fused_unembedding: bool = True  # the loss in little memory; False: oec.py's plain one, whose entries have gradients
+    fused_unembedding: bool = True  # the loss in little memory; False: oec.py's plain loss, whose statistics (logit_mean, ...) have gradients too
     logits_dtype: Literal["auto", "float32"] = "auto"  # auto: stored in the dtype of the matrix products; float32: in float32
 
     @property
@@ -130,7 +130,7 @@ def rotary_angles(block_size: int, head_size: int) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding, rotate-half convention; x (B, T, H, D). Without slices of x, torch.compile fuses all of it with the norm before."""
+    """Rotary embedding, rotate-half convention; x (B, T, H, D). It takes no slices of x, so that torch.compile can fuse it with the norm."""
     partner = x.unflatten(-1, (2, 2, -1)).flip(-2).flatten(-3)  # the other member of each pair
     return x * cos.to(x.dtype) + partner * sin.to(x.dtype)
 
@@ -277,7 +277,7 @@ def check_model_config(config: GPTConfig):
     for name in ("oec", "logits_dtype"):
         words = get_args(GPTConfig.__dataclass_fields__[name].type)
         if getattr(config, name) not in words:
-            raise ValueError(f"{name}={getattr(config, name)!r} is none of {', '.join(words)}")
+            raise ValueError(f"{name}={getattr(config, name)!r} is not one of: {', '.join(words)}")
     for name in ("mu_loss_weight", "z_loss_weight", "logit_softcap"):
         if not 0 <= getattr(config, name) < math.inf:
             raise ValueError(f"{name}={getattr(config, name)} must be 0 or more, and finite")

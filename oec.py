@@ -35,7 +35,7 @@ def mean_embedding(W: Tensor, vocab_size: int | None = None) -> Tensor:
     V, dtype = _real_size(W, vocab_size), torch.promote_types(W.dtype, torch.float32)
     if not _is_sharded(W):
         return _real_rows(W, V).mean(dim=0, dtype=dtype)
-    # Slicing would gather the whole weight on every process. `redistribute` moves no data: it makes the gradient sharded too.
+    # Slicing would gather the whole weight on every process. `redistribute` moves no data here; with it the gradient is sharded too.
     real = torch.where(_is_real(W, V), W, 0).redistribute(placements=W.placements)
     return (real.sum(dim=0, dtype=dtype) / V).full_tensor()
 

@@ -35,7 +35,7 @@ from runtime.sharding import shard, whole
 
 @dataclass
 class TrainConfig(GPTConfig):
-    """Every setting. The defaults are the main job: a 124M GPT on OpenWebText, with nanoGPT's batch and schedule."""
+    """Every setting. The defaults are the main job: GPT-2's smallest size on OpenWebText, with nanoGPT's batch and schedule."""
 
     # data and output
     dataset: str = "openwebtext"  # a folder of data/ with train and val shards
@@ -161,7 +161,7 @@ def evaluate(model, val: TokenWindows, config: TrainConfig, machine: Machine, st
 @torch.no_grad()
 def mu_metrics(model: GPT, dtype: torch.dtype) -> dict[str, float]:
     """mu_norm: ‖μ‖ of the embeddings that the logits are computed with; mean_norm: mean ‖e_i‖; mu_ratio: their quotient;
-    stored_mu_norm: ‖μ‖ of the stored weight; cast_nats: the cost of casting W, Σ_k g_k² mean_i spacing(e_ik)² / 24 (g: last norm's gain)."""
+    stored_mu_norm: ‖μ‖ of the stored weight; cast_nats: the cost of casting W, Σ_k g_k² mean_i spacing(e_ik)² / 24 (the last norm's gain g_k in place of h_k)."""
     V, W, gain = model.config.vocab_size, whole(model.output_embedding()), whole(model.final_norm.weight)
     if model.config.logits_dtype == "float32" and not model.config.fused_unembedding:
         dtype = torch.float32  # the plain loss computes the whole product in it
@@ -202,7 +202,7 @@ class Trainer:
                 group.setdefault("initial_lr", group["lr"])  # its peak
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
         self.step, self.evaluated_step, self.best_loss, self.best_step = 0, 0, math.inf, 0
-        self.bad_steps, self.bad_in_row, self.first_bad = 0, 0, {}  # skipped steps: all, those in a row now, the metrics of their first
+        self.bad_steps, self.bad_in_row, self.first_bad = 0, 0, {}  # skipped steps: how many, how many in a row now, metrics of the row's first
         if path:
             restore(self, path, IDENTITY)
         elif config.init_from:
@@ -263,9 +263,9 @@ class Trainer:
         values |= {"lr": learning_rate(config, self.step - 1), "bad_steps": self.bad_steps, "tokens_per_second": tokens_per_second}
         values["mfu"] = tokens_per_second * self.model.flops_per_token() / (machine.peak_flops * machine.world_size)
         self.write_metrics("train", values)
-        has_drifted = values["rounding_nats"] >= 0.01 and abs(values["logit_mean"]) > values["logit_std"]  # together, which centring mends
+        has_drifted = values["rounding_nats"] >= 0.01 and abs(values["logit_mean"]) > values["logit_std"]  # a common shift, which centring removes
         is_advised = has_drifted and values["cross_entropy"] < math.log(config.vocab_size) and "centering" not in config.oec
-        advice = f": resume with --oec=mu_centering --out_dir={self.out_dir}" if is_advised and not config.z_loss_weight else ""  # it changes z-loss
+        advice = f": resume with --oec=mu_centering --out_dir={self.out_dir}" if is_advised and not config.z_loss_weight else ""  # centring would change the z-loss
         machine.say(f"step {self.step}/{config.max_steps} | {log_line(values, advice, seconds_left)}")
 
     def write_metrics(self, split: str, values: dict):

@@ -145,10 +145,10 @@ def read_meta(folder: Path) -> dict:
     try:
         meta = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
-        fail(f"{path} cannot be read ({error}): prepare the dataset again, or delete that file if the shards are not ours")
+        fail(f"{path} cannot be read ({error}): prepare the dataset again, or delete that file if nanoOEC did not prepare the shards")
     good = isinstance(meta, dict) and type(meta.get("vocab_size")) is int and type(meta.get("tokenizer")) is str
     if not good or meta["vocab_size"] < 1:
-        fail(f"{path} lacks vocab_size or tokenizer: prepare the dataset again, or delete that file if the shards are not ours")
+        fail(f"{path} lacks vocab_size or tokenizer: prepare the dataset again, or delete that file if nanoOEC did not prepare the shards")
     return meta
 
 

@@ -187,8 +187,8 @@ def restore_optimizers(optimizers: list[torch.optim.Optimizer], saved: list[dict
 
 
 def fits(shape: torch.Size, parameter: torch.Size) -> bool:
-    """Whether an optimizer may keep a tensor of `shape` for a parameter: a scalar; several elements in another
-    number of dimensions; or a tensor that is no larger in any dimension (factored or projected moments)."""
+    """Whether an optimizer may keep a tensor of `shape` for a parameter: a scalar; a tensor with another
+    number of dimensions and more than one element; or one with the same number, and not larger in any (factored or projected moments)."""
     if len(shape) == 0 or len(shape) != len(parameter):
         return shape.numel() != 1 or len(shape) == 0
     return all(a <= b for a, b in zip(shape, parameter))

@@ -116,7 +116,7 @@ def check_settings(config):
     if config.shard and (world_size == 1 or config.shard_size == 1 or world_size % (config.shard_size or 1)):
         fail(
             f"shard=True cannot share a model out with processes={world_size}, shard_size={config.shard_size}. "
-            "Start several with torchrun, and let shard_size be 0 or a divisor of their number above 1"
+            "Start several with torchrun, and set shard_size to 0, or to a number above 1 that divides the number of processes"
         )
     if config.shard and config.optimizer == "muon":
         fail("optimizer=muon orthogonalises whole matrices, and shard=True has parts of them: use optimizer=adamw, or shard=False")

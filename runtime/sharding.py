@@ -52,7 +52,7 @@ def gathered(tree, keep: bool):
 
 
 def shared_out_like(value, parameter: Tensor):
-    """This process's part of a whole tensor of the shape of a sharded `parameter`; anything else as it is."""
+    """If `parameter` is sharded and `value` is a whole tensor of its shape: this process's part of `value`. Otherwise `value`."""
     if not _is_sharded(parameter) or not isinstance(value, Tensor) or value.shape != parameter.shape:
         return value
     from torch.distributed.tensor import distribute_tensor

@@ -94,8 +94,8 @@ def _unembedding(
     on_triton = _takes_triton(hidden.device, compiled) and wide == torch.float32 and cap <= LARGE_CAP
     (N, d), rows = hidden.shape, W.shape[0]
     chunk_rows = chunk_rows or choose_chunk_rows(N, rows, hidden.device.type)
-    # Without the second context manager, the first call after compiling has different dispatch keys, and torch.compile would
-    # compile the softmax pass again for it.
+    # Without the second context manager, the first call after the model is compiled has other dispatch keys than later calls,
+    # and torch.compile would compile the softmax pass twice.
     with torch.autocast(hidden.device.type, enabled=False), torch._C._AutoDispatchBelowADInplaceOrView():
         hidden_low, W_low = hidden.to(dtype), W.to(dtype)
         factor = W_low.T if stored == dtype else _wide_factor(W_low.T, wide)
@@ -313,7 +313,7 @@ if triton:
         line = logits + row * WIDTH
         LAST: tl.constexpr = (V - 1) // BLOCK * BLOCK  # the last block with real logits starts here
         lanes = tl.arange(0, BLOCK // LOAD)[:, None] * LOAD + tl.arange(0, LOAD)[None, :]
-        is_real, is_stored = lanes < V - LAST, lanes < WIDTH - LAST  # loads use is_stored: with is_real they would be narrow where V is odd
+        is_real, is_stored = lanes < V - LAST, lanes < WIDTH - LAST  # loads use is_stored: with is_real, an odd V would split them into loads of one logit
         target = tl.load(targets + row).to(tl.int32)
         is_counted = target != ignore_index
         is_token = (target >= 0) & (target < V)

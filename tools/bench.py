@@ -96,7 +96,7 @@ def peer_step(config, data: Path, folder: Path, kind: str, is_mended: bool):
     compiled = torch.compile(model)
     T, B = config.block_size, config.micro_batch_size
 
-    def get_batch():  # as both do: random windows of a memory map that is opened again each time
+    def get_batch():  # as nanoGPT and the paper's code do: random windows of a memory map that is opened again each time
         tokens = np.memmap(data / "train.bin", dtype=np.uint16, mode="r")
         starts = torch.randint(len(tokens) - T, (B,))
         x, y = (torch.stack([torch.from_numpy(tokens[i + o : i + o + T].astype(np.int64)) for i in starts]) for o in (0, 1))
@@ -275,7 +275,7 @@ class Contender:
 def compare(title: str, makers: list, rounds: int) -> list[dict]:
     """The first contender and the others have their turns: a row each, ratios to the first, round by round.
     Each round begins with another one, since the first turn after a pause can be slow.
-    On a GPU two hold the card at a time: the first, and the others one after another."""
+    On a GPU two are there at a time: the first, and in turn each of the others."""
     first = start(title, makers[:1])[0]
     at_once = 1 if torch.cuda.is_available() else len(makers)
     rows = []
@@ -490,7 +490,7 @@ def main():
         return work(json.loads(sys.argv[2]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--parts", default="step,head,loader,checkpoint,start", help=f"of {', '.join(PARTS)} (default: all but scaling)")
-    parser.add_argument("--methods", default=",".join(METHODS), help="whole steps are compared with the first one (default: all)")
+    parser.add_argument("--methods", default=",".join(METHODS), help="methods, separated by commas; whole steps are compared with the first one's (default: all)")
     parser.add_argument("--peer", type=pair, action="append", default=[], help="nanogpt=FOLDER of nanoGPT, or oec=FOLDER of the paper's code")
     parser.add_argument("--variant", type=pair, action="append", default=[], help='NAME="settings of train.py", to be compared too')
     parser.add_argument("--rounds", type=int, default=7, help="turns of each contender (default: %(default)s)")

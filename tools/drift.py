@@ -145,7 +145,7 @@ def transplant(W: Tensor, hidden: Tensor, mean_logit: float, vocab_size: int) ->
     spread = (hidden.double() @ mean_hidden).std(correction=0) / square
     if not spread <= 1:
         raise ValueError(
-            f"its hidden states share no direction (a drift would vary by ± {spread:.1f} of itself from token to token): "
+            f"its hidden states share no direction (over tokens, a drift would have a standard deviation of {spread:.1f} times its mean): "
             "is the model trained?"
         )
     now = oec.mean_embedding(W, vocab_size).double() @ mean_hidden

@@ -93,7 +93,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="what save_pretrained or tools.export_hf has written")
     parser.add_argument("checkpoint", type=Path, help="the file to write, anything.pt")
-    parser.add_argument("--data_dir", default="", help="a folder of shards cut by the model's tokenizer, for tools.sample")
+    parser.add_argument("--data_dir", default="", help="a folder of shards made with the model's tokenizer; tools.sample learns from it which one that is")
     arguments = parser.parse_args()
     folder, checkpoint = arguments.folder, arguments.checkpoint
     try:

@@ -86,7 +86,7 @@ def step_bytes(config: TrainConfig, device: str, low: int, processes: int = 1) -
 
 
 def largest_micro_batch(config: TrainConfig, capacity: float, device: str, low: int, processes: int = 1) -> int:
-    """The most sequences that fit; 0 where not even one does. The step is taken to accumulate gradients."""
+    """The most sequences that fit; 0 where not even one does. We assume that the step accumulates gradients."""
     fits = lambda n: step_bytes(replace(config, micro_batch_size=n, batch_size=2 * n * processes), device, low, processes) <= capacity
     most = 1
     while fits(most):

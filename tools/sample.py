@@ -34,8 +34,8 @@ def load_model(path: Path) -> tuple[GPT, dict]:
 
 
 def tokenizer_of(config: dict, name: str = "") -> tiktoken.Encoding:
-    """The tokenizer called `name`; without one, that of the data a run was trained on. Ends the program where the data names
-    none: GPT-2's is assumed for its own vocabulary size alone."""
+    """The tokenizer called `name`; without one, that of the data a run was trained on. Where the data names
+    none, it is GPT-2's if the vocabulary has GPT-2's size; otherwise this ends the program."""
     folder = dataset_folder(config["dataset"], config["data_dir"])
     if name:
         encoding, owner = load_tokenizer(name), f"tokenizer {name}"

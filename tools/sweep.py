@@ -3,8 +3,9 @@
     python -m tools.sweep config/paper_16m.py --learning_rates 3e-4,1e-3,3e-3,1e-2,3e-2,1e-1,3e-1 --seeds 1 --out out/sweep
     python -m tools.sweep config/paper_16m.py --methods z_loss --z_loss_weights 1e-7,1e-4,1e-1,1e2 --out out/lambda
 
-Config files and --key=value settings are train.py's. The same command resumes a sweep that was stopped; another one with
-the same settings adds its cells to the folder. OUT/sweep.csv has one row per cell, OUT/summary.md the learning-rate sensitivities.
+Config files and --key=value settings are train.py's. The same command resumes a sweep that was stopped. A command with
+other methods, weights, rates or seeds, and the same settings otherwise, adds its runs. OUT/sweep.csv has one row per run, OUT/summary.md the
+learning-rate sensitivities.
 """
 
 import argparse
@@ -251,9 +252,9 @@ def main():
     parser.add_argument("--learning_rates", default="3e-4,1e-3,3e-3,1e-2,3e-2,1e-1,3e-1", help="peaks (default: %(default)s)")
     parser.add_argument("--seeds", default="1", help="(default: %(default)s)")
     for method, key in WEIGHTS.items():
-        parser.add_argument(f"--{key.removeprefix('logit_')}s", dest=key, default="", help=f"weights of {method}, one cell each (default: that of its config file)")
+        parser.add_argument(f"--{key.removeprefix('logit_')}s", dest=key, default="", help=f"weights of {method}, one run each (default: that of its file in config/)")
     parser.add_argument("--out", type=Path, required=True, help="folder of the sweep")
-    parser.add_argument("--jobs", type=int, default=0, help="runs at a time (default: one a GPU, or one)")
+    parser.add_argument("--jobs", type=int, default=0, help="runs at a time (default: one for each GPU; without a GPU, one)")
     options, words = parser.parse_known_args()
     methods = options.methods.split(",")
     if unknown := [name for name in methods if name not in METHODS]:
