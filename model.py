@@ -187,11 +187,9 @@ class GPT(nn.Module):
             raise ValueError(f"{T} tokens do not fit into block_size={config.block_size}")
         rotation = self.cos[:T], self.sin[:T]
         x = self.embedding(tokens)  # (B, T, d)
+        is_checkpointed = config.activation_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
-            if config.activation_checkpointing and torch.is_grad_enabled():  # no dropout, so no random state to keep
-                x = checkpoint(block, x, rotation, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x, rotation)
+            x = checkpoint(block, x, rotation, use_reentrant=False) if is_checkpointed else block(x, rotation)
         hidden = self.final_norm(x)  # (B, T, d)
 
         W = self.output_embedding()  # (padded_vocab_size, d)

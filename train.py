@@ -2,8 +2,6 @@
 
     torchrun train.py config/oec.py                                 the main job, one process
     torchrun --nproc_per_node=8 train.py config/oec.py              the same run on eight GPUs
-
-From top to bottom: settings, optimizers, the schedule, evaluation, the step, the loop.
 """
 
 import math
@@ -146,6 +144,7 @@ def evaluate(model, val: TokenWindows, config: TrainConfig, machine: Machine, st
     batches = [windows[at : at + config.micro_batch_size] for at in range(0, len(windows), config.micro_batch_size)]
     mine = [(len(batch), batch) for batch in batches[machine.rank :: machine.world_size]]
     mine += [(0, batches[0])] * (math.ceil(len(batches) / machine.world_size) - len(mine))
+    model.eval()  # matters for layers like dropout; `update` sets it back
     passes = []
     for weight, batch in mine:
         if stop.agreed():
@@ -220,6 +219,7 @@ class Trainer:
         """One step: this process's share of the batch forward and backward, then the optimizers. Returns the averaged metrics."""
         config, machine = self.config, self.machine
         n_passes = config.batch_size // (config.micro_batch_size * machine.world_size)
+        self.parallel.train()
         passes = []
         for i in range(n_passes):
             tokens, targets = next(batches)  # (micro_batch_size, block_size) each
@@ -289,6 +289,7 @@ class Trainer:
         is_last, save_interval = self.step == config.max_steps, config.checkpoint_interval or config.eval_interval
         # While steps are skipped, no periodic checkpoint replaces an earlier, healthy one.
         is_save = is_last or save_interval and self.step % save_interval == 0 and not self.bad_in_row
+        best_before = self.best_loss, self.best_step
         if self.is_evaluation_due() and (values := evaluate(self.compiled, self.val_data, config, machine, self.stop)):
             values |= mu_metrics(self.model, machine.dtype)
             if is_save and values["cross_entropy"] < self.best_loss:
@@ -303,8 +304,8 @@ class Trainer:
         if is_save or is_stopping:
             state = state_of(self)  # on all processes, since each holds a part of a sharded model
             with machine.together():
-                if machine.rank == 0:
-                    self.folder.save(state, must=is_last or is_stopping)
+                if machine.rank == 0 and not self.folder.save(state, must=is_last or is_stopping):
+                    self.best_loss, self.best_step = best_before
         return is_stopping
 
     def run(self):

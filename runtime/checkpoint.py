@@ -159,6 +159,8 @@ def restore(trainer, path: Path, identity: tuple[str, ...]):
         fail(f"cannot resume from {path}: {one_line(error)}")
     for name in ("step", "evaluated_step", "bad_steps", "best_loss", "best_step"):
         setattr(trainer, name, state[name])
+    if path.parent.resolve() != trainer.out_dir.resolve():  # the best checkpoint lies in another run's folder
+        trainer.best_loss, trainer.best_step = math.inf, 0
     if changed:
         trainer.machine.say(f"changed since {path.name}: {'; '.join(changed)}")
     trainer.machine.say(f"resuming from {path} at step {trainer.step}")

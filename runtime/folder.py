@@ -56,8 +56,8 @@ def open_out_dir(out_dir: Path, resume: str) -> str:
         resume = "auto" if has_checkpoint or resume == "never" else resume
     if resume == "never" and (has_checkpoint or has_run):
         fail(f"{out_dir} already holds a run: choose another --out_dir for --resume=never, or continue the run with --resume=auto")
-    if resume not in ("auto", "never") and has_checkpoint:
-        fail(f"{out_dir} holds checkpoints of its own: give --resume={resume} another --out_dir")
+    if resume not in ("auto", "never") and (has_checkpoint or has_run and earlier.get("resume") != resume):
+        fail(f"{out_dir} holds a run of its own: give --resume={resume} another --out_dir")
     for path in out_dir.glob("*.tmp"):
         if re.fullmatch(r"(ckpt_\d+\.pt|config\.json|metrics\.jsonl|wandb_id)\.tmp", path.name):
             path.unlink()
@@ -141,12 +141,14 @@ class RunFolder:
         except OSError as error:
             self.say_problem(error, must=False)
 
-    def save(self, state: dict, must: bool):
-        """A checkpoint of the run's state; `must`: the program ends where it cannot be written."""
+    def save(self, state: dict, must: bool) -> bool:
+        """Whether a checkpoint of the run's state could be written; `must`: the program ends where it could not."""
         try:
             save_checkpoint(self.path, state)
         except OSError as error:
             self.say_problem(error, must)
+            return False
+        return True
 
     def say_problem(self, error: OSError, must: bool):
         problem = f"{self.path} cannot be written ({error.strerror or error}); the checkpoints written before are whole"

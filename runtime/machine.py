@@ -233,6 +233,8 @@ def average(passes: list[tuple[float, dict]], how: dict[str, str], machine: Mach
     for the device."""
     if unknown := passes[0][1].keys() - how.keys():
         fail(f"GPT.forward returns the metric {sorted(unknown)[0]!r}: say in METRICS of model.py how it is combined")
+    if missing := {"loss", "cross_entropy", "logit_mean", "logit_std", "logit_absmax", "rounding_nats"} - passes[0][1].keys():  # train.py reports them
+        fail(f"GPT.forward does not return the metric {sorted(missing)[0]!r}: return loss.new_tensor(torch.nan) for it if you have none")
     mean_of = {name: word.removeprefix("std about ") for name, word in how.items() if word.startswith("std about ")}
     rows = []
     for weight, metrics in passes:

@@ -107,6 +107,10 @@ def check_settings(config):
         fail(f"warmup_steps={config.warmup_steps} must be below max_steps={config.max_steps}: lower --warmup_steps")
     if not 0 < config.decay_fraction <= 1:
         fail(f"decay_fraction={config.decay_fraction} must be above 0 and at most 1")
+    if config.schedule == "wsd" and config.warmup_steps > (1 - config.decay_fraction) * config.max_steps:
+        fail(f"warmup_steps={config.warmup_steps} and decay_fraction={config.decay_fraction} overlap in max_steps={config.max_steps}: lower one of them")
+    if config.init_from and config.resume not in ("auto", "never"):
+        fail(f"resume={config.resume} and init_from={config.init_from} both give the weights: remove one of them")
     if config.eval_interval and config.checkpoint_interval % config.eval_interval:
         fail(f"checkpoint_interval={config.checkpoint_interval} must be a multiple of eval_interval={config.eval_interval}: lower --eval_interval")
     for package, is_wanted in {"tensorboard": config.tensorboard, "wandb": config.wandb_project}.items():

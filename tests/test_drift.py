@@ -171,6 +171,7 @@ def test_bad_input_is_one_line(trained, tmp_path, refused):
     assert "overflows" in refused(run, "--mean_logit", 1e39, "--out", out)
     assert "finite" in refused(run, "--mean_logit", "nan", "--out", out)
     assert "--out" in refused(run, "--mean_logit", 588)
+    assert "name of a run's checkpoint" in refused(run, "--mean_logit", 588, "--out", tmp_path / "ckpt_0000001.pt")
     assert "not a whole checkpoint" in refused(alien, "--mean_logit", 588, "--out", out)
     assert "does not exist" in refused(tmp_path / "none")
     assert "--published" in refused()
@@ -185,6 +186,7 @@ def test_bad_input_is_one_line(trained, tmp_path, refused):
 @pytest.mark.skipif(not importlib.util.find_spec("transformers"), reason="needs: pip install transformers")
 def test_a_hugging_face_folder(trained, tmp_path, refused, monkeypatch, capsys):
     """Exported by tools.export_hf: diagnosed, and centred without a change of its function."""
+    import transformers
     from transformers import AutoModelForCausalLM
 
     from tools.export_hf import export
@@ -203,6 +205,7 @@ def test_a_hugging_face_folder(trained, tmp_path, refused, monkeypatch, capsys):
     said = dict(line.split()[:2] for line in capsys.readouterr().out.splitlines() if line.startswith("  ") and len(line.split()) == 2)
     assert float(said["logit_mean"]) == pytest.approx(100, rel=0.3) and float(said["rounding_nats_bfloat16"]) > 3e-3
     a, b = (AutoModelForCausalLM.from_pretrained(x) for x in (folder, centred))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokens = torch.arange(100, 120)[None]
     torch.testing.assert_close(*(torch.log_softmax(m(tokens).logits, -1) for m in (a, b)), rtol=1e-3, atol=1e-3)
     assert b.get_output_embeddings().weight.mean(dim=0).abs().max() < 1e-5
@@ -212,3 +215,15 @@ def test_a_hugging_face_folder(trained, tmp_path, refused, monkeypatch, capsys):
     (tmp_path / "nothing").write_text("")
     assert "fewer than two tokens" in refused(folder, "--text", tmp_path / "nothing")
     assert math.isfinite(float(said["cosine"]))
+    short = transformers.GPT2Config(vocab_size=4096, n_positions=16, n_embd=8, n_layer=1, n_head=2, tie_word_embeddings=False)
+    scaled = transformers.GraniteConfig(
+        vocab_size=4096, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        tie_word_embeddings=False, logits_scaling=8.0,
+    )  # fmt: skip
+    for config in (short, scaled):
+        tokenizer.save_pretrained(tmp_path / config.model_type)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / config.model_type)
+    monkeypatch.setattr(sys, "argv", ["drift", str(tmp_path / "gpt2"), "--text", str(tmp_path / "text")])  # longer than 16 tokens
+    drift.main()
+    assert "loss in float32" in capsys.readouterr().out
+    assert "a scale or a bias" in refused(tmp_path / "granite", "--text", tmp_path / "text")

@@ -522,9 +522,16 @@ def test_resume_never_and_resume_from_a_path(finished, tmp_path, train_here, cap
     assert "ckpt_0000008.ptx" in fails_in_one_line(capsys, train_here, missing)
     assert before == {path.name: path.read_bytes() for path in out.iterdir()}
     elsewhere = [*arguments, f"--resume={path}", f"--out_dir={tmp_path / 'other'}"]
-    assert train_here(elsewhere).step == 16 and metrics_of(tmp_path / "other")[0]["step"] == 9
+    resumed = train_here([*elsewhere, "--eval_interval=0"])  # one evaluation, at its end
+    assert resumed.step == 16 and metrics_of(tmp_path / "other")[0]["step"] == 9
+    assert resumed.best_step == 16  # the best checkpoint of the first run is not this run's
     assert train_here([*elsewhere, "--max_steps=20"]).step == 20  # the same command goes on with what it had reached
     assert metrics_of(tmp_path / "other")[-1]["step"] == 20 and metrics_of(tmp_path / "other")[0]["step"] == 9
+    for checkpoint in (tmp_path / "other").glob("ckpt_*.pt"):  # a run without a checkpoint is a run too, of its own if it began otherwise
+        checkpoint.unlink()
+    lines = (tmp_path / "other/metrics.jsonl").read_bytes()
+    assert "of its own" in fails_in_one_line(capsys, train_here, [*elsewhere, f"--resume={out / 'ckpt_0000012.pt'}"])
+    assert lines == (tmp_path / "other/metrics.jsonl").read_bytes()
 
 
 class Payload:

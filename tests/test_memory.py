@@ -95,7 +95,11 @@ def test_a_table_of_the_configs(monkeypatch, capsys):
     memory.main()
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
     assert [row[0] for row in rows[2:]] == ["| gpt2_124m"] * 2 + ["| paper_16m"] * 2 and [row[1] for row in rows[2:4]] == ["off", "on"]
-    for words, says in ((["--n_layer=3"], "at least one"), (["none.py"], "none.py"), (["config/gpt2_124m.py", "--n_layr=3"], "n_layer")):
+    monkeypatch.setattr(sys, "argv", ["memory", "config/gpt2_124m.py", "--processes=7"])  # its micro-batch does not divide over them
+    memory.main()
+    capsys.readouterr()
+    unfused = (["config/gpt2_124m.py", "--fused_unembedding=False"], "fused_unembedding")
+    for words, says in (unfused, (["--n_layer=3"], "at least one"), (["none.py"], "none.py"), (["config/gpt2_124m.py", "--n_layr=3"], "n_layer")):
         monkeypatch.setattr(sys, "argv", ["memory", *words])
         assert says in fails_in_one_line(capsys, memory.main)
 

@@ -166,6 +166,18 @@ def test_activation_checkpointing_changes_no_result(dtype, compiled):
     assert (gradient - gradient_again).norm() <= 4 * rounding * gradient.norm()
 
 
+def test_activation_checkpointing_repeats_what_dropout_drew():
+    gradients = []
+    for is_on in (False, True):
+        model = make(activation_checkpointing=is_on)
+        for block in model.blocks:
+            block.mlp = torch.nn.Sequential(block.mlp, torch.nn.Dropout(0.5))
+        torch.manual_seed(1)
+        model(*batch())[0].backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert torch.equal(*gradients)
+
+
 def test_padding_rows_never_count():
     for method in ("none", "mu_loss", "mu_centering", "mu_centering_step"):
         results = []

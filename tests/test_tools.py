@@ -19,7 +19,7 @@ import torch
 
 import runtime.unembedding
 from tests.conftest import PATIENCE, ROOT, fails_in_one_line, metrics_of, run_command, tiny_arguments, train_on_text
-from tools import bench
+from tools import bench, sweep
 from tools.sweep import lr_sensitivity, read_sweep
 from train import load_config
 
@@ -60,6 +60,8 @@ def test_sample_continues_a_prompt(run_folder, capsys, monkeypatch):
     assert first.stdout.startswith("the number 12") and len(first.stdout) > len("the number 12\n")
     newest = sorted(run_folder.glob("ckpt_*.pt"))[-1]
     assert first.stdout == sampled_here(run_folder, 1) == sampled_here(newest, 1) != sampled_here(run_folder, 2)
+    options[1] *= 20  # longer than the context
+    assert sampled_here(run_folder, 1).startswith(options[1])
 
 
 def test_sample_refuses_what_is_no_model(run_folder, tmp_path, refusal):
@@ -172,11 +174,31 @@ def test_a_sweep_is_killed_and_goes_on(data, tmp_path):
         (["--jobs", "99"], "--jobs"),
         (["--learning_rates", "1e-2,1e-9", "--min_learning_rate=1e-5"], "min_learning_rate=1e-05 is above learning_rate=1e-09"),
         (["--n_layers=3"], "n_layer"),
+        (["--learning_rate=1e-3"], "--learning_rates"),
+        (["--seed=3"], "--seeds"),
+        (["--mu_loss_weight=1e-2"], "--mu_loss_weights"),
+        (["--logit_softcap=30"], "--softcaps"),
+        (["config/oec.py"], "--methods"),
+        (["config/z_loss.py"], "--z_loss_weights"),
     ),
 )
 def test_sweep_refuses_bad_input(data, tmp_path, refusal, options, says):
     assert says in refusal("sweep", *sweep_command(data, tmp_path / "out", *options)[3:])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("visible, expected", (("2,5", ["2", "5", "2"]), (None, ["0", "1", "0"])))
+def test_the_runs_of_a_sweep_share_out_the_gpus_that_are_visible(data, tmp_path, monkeypatch, visible, expected):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    started = []
+    monkeypatch.setattr(sweep.subprocess, "Popen", lambda *command, env, **options: started.append(env["CUDA_VISIBLE_DEVICES"]))
+    cell = sweep.Cell(tiny_arguments(data, tmp_path), "baseline", "", "1e-2", "1", tmp_path)
+    for slot in range(3):
+        cell.start(slot, jobs=3)
+    assert started == expected
 
 
 def test_a_folder_of_other_things_is_no_sweep(data, tmp_path, refusal):
@@ -271,6 +293,14 @@ def test_bad_tables_are_one_line(tmp_path, refusal, text, says):
     assert says in refusal("plot", tmp_path / "bad.csv")
 
 
+def test_a_table_need_not_have_every_lambda(tmp_path):
+    rows = ["mu_loss,0.1,3,1e-4", "mu_loss,0.3,4,", "baseline,0.1,3,", "baseline,0.3,3,"]
+    (tmp_path / "sweep.csv").write_text("method,learning_rate,test_loss,lambda\n" + "\n".join(rows))
+    (tmp_path / "published.csv").write_text("method,learning_rate,test_loss,size\nbaseline,0.1,3,16M\nbaseline,0.3,3,16M\n")
+    done = tool("plot", tmp_path / "sweep.csv", "--published", tmp_path / "published.csv", "--out", tmp_path / "figure")
+    assert done.returncode == 0 if has_matplotlib else "matplotlib" in done.stderr, done.stderr
+
+
 @pytest.mark.parametrize(
     "arguments, says",
     ((["--parts", "speed"], "speed"), (["--methods", "adam"], "adam"), (["--rounds", "0"], "--rounds"), (["--n_head=5"], "divisible")),
@@ -354,5 +384,11 @@ def test_a_rescue_is_resumed_and_mends_a_drift(tmp_path_factory, tmp_path):
     for words, says in ((["--arms", "adam"], "adam"), (["--learning_rates", "fast"], "fast"), (["--weights", "1"], "--weights")):
         done = tool("why", *command, *words)
         assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1
+    before = (tmp_path / "rescue/rescue.csv").read_bytes()
+    other = train_on_text(tmp_path_factory.mktemp("other"), max_steps=3, eval_interval=3, oec="none")
+    for words in ((*command, "--steps", "7"), (*command[:1], other, *command[2:])):
+        done = tool("why", *words, "--arms", "baseline")
+        assert done.returncode == 2 and "another checkpoint or another number of steps" in done.stderr, done.stderr
+    assert before == (tmp_path / "rescue/rescue.csv").read_bytes()
     (tmp_path / "bad.csv").write_text("mean_logit,step\n1,2\n")
     assert tool("plot", "--why", tmp_path / "bad.csv", tmp_path / "rescue/rescue.csv").returncode == 2

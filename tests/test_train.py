@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import runtime.folder
 import train
 from data.shards import Loader, open_dataset, samples_of_process
 from model import GPT, METHODS, METRICS, WEIGHTS, GPTConfig
@@ -87,6 +88,8 @@ def test_every_knob_has_a_comment_and_help_shows_it(capsys):
         (["--schedule=linear"], "cosine, wsd"),
         (["--logits_dtype=bfloat16"], "auto, float32"),
         (["--decay_fraction=0"], "decay_fraction"),
+        (["--schedule=wsd", "--max_steps=100", "--warmup_steps=90"], "overlap"),
+        (["--resume=a.pt", "--init_from=b.pt"], "remove one"),
         (["--gradient_accumulation_steps=4"], "micro_batch_size"),
         (["--max_iters=4"], "max_steps"),
         (["--dropout=0.1"], "no dropout"),
@@ -227,6 +230,8 @@ def test_a_metric_that_nobody_says_how_to_average_is_refused(capsys):
     machine = Machine(0, 1, torch.device("cpu"), torch.float32)
     passes = [(1, {"loss": torch.tensor(1.0), "surprise": torch.tensor(2.0)})]
     assert "'surprise'" in fails_in_one_line(capsys, train.average, passes, METRICS, machine)
+    del passes[0][1]["surprise"]  # what train.py reports must be there
+    assert "'cross_entropy'" in fails_in_one_line(capsys, train.average, passes, METRICS, machine)
 
 
 def test_evaluation_does_not_depend_on_the_micro_batch(data, tmp_path, train_here):
@@ -235,6 +240,28 @@ def test_evaluation_does_not_depend_on_the_micro_batch(data, tmp_path, train_her
         train_here(tiny_arguments(data, tmp_path / str(micro), micro_batch_size=micro, max_steps=3))
         losses.append(metrics_of(tmp_path / str(micro))[-1]["cross_entropy"])
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+
+
+def test_dropout_acts_in_training_and_not_in_evaluation(data, tmp_path, train_here, monkeypatch):
+    """A change that people make. The last evaluation is that of the stored weights without dropout."""
+    initialize = GPT.initialize
+
+    def with_dropout(model):
+        initialize(model)
+        for block in model.blocks:
+            block.mlp = torch.nn.Sequential(block.mlp, torch.nn.Dropout(0.5))
+
+    monkeypatch.setattr(GPT, "initialize", with_dropout)
+    trainer = train_here(tiny_arguments(data, tmp_path / "out", max_steps=3, log_interval=1))
+    batch = torch.arange(64).reshape(2, 32)
+    trainer.model.train()
+    assert trainer.model(batch, batch)[0] != trainer.model(batch, batch)[0]
+    again = [train.evaluate(trainer.model, trainer.val_data, trainer.config, trainer.machine, trainer.stop) for _ in range(2)]
+    assert again[0] == again[1] and again[0]["cross_entropy"] == metrics_of(tmp_path / "out")[-1]["cross_entropy"]
+    modes, forward = [], GPT.forward
+    monkeypatch.setattr(GPT, "forward", lambda model, *inputs: modes.append(model.training) or forward(model, *inputs))
+    train_here(tiny_arguments(data, tmp_path / "modes", max_steps=2, warmup_steps=1, eval_interval=1, eval_sequences=4))
+    assert modes == [True, True, False] * 2
 
 
 # --- runs
@@ -260,6 +287,22 @@ def test_the_last_two_checkpoints_and_the_best_are_kept(data, tmp_path, train_he
     monkeypatch.setattr(train, "evaluate", lambda *a: real(*a) | {"cross_entropy": next(losses)})
     train_here(tiny_arguments(data, tmp_path / "out", max_steps=10, eval_interval=2))
     assert [p.name for p in sorted((tmp_path / "out").glob("ckpt*"))] == [f"ckpt_{s:07d}.pt" for s in (4, 8, 10)]
+
+
+def test_a_checkpoint_that_could_not_be_written_is_not_the_best(data, tmp_path, train_here, monkeypatch):
+    losses, save = iter([2.0, 1.0, 3.0, 4.0, 5.0]), runtime.folder.save_checkpoint
+    real = train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda *a: real(*a) | {"cross_entropy": next(losses)})
+
+    def refused_once(out_dir, state):
+        if state["step"] == 4:
+            raise OSError(28, "No space left on device")
+        save(out_dir, state)
+
+    monkeypatch.setattr(runtime.folder, "save_checkpoint", refused_once)
+    trainer = train_here(tiny_arguments(data, tmp_path / "out", max_steps=10, eval_interval=2))
+    assert [p.name for p in sorted((tmp_path / "out").glob("ckpt*"))] == [f"ckpt_{s:07d}.pt" for s in (2, 8, 10)]
+    assert (trainer.best_step, trainer.best_loss) == (2, 2.0)
 
 
 def test_bfloat16_products_without_units_for_them():

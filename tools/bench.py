@@ -157,8 +157,10 @@ def head_step(config, what: str):
         return step
 
     def ours(hidden, W, targets):
-        embedding = oec.center(W, config.vocab_size) if config.oec == "mu_centering" else W
+        detach_mean = not (config.z_loss_weight or config.logit_softcap)  # as in GPT.output_embedding
+        embedding = oec.center(W, config.vocab_size, detach_mean) if config.oec == "mu_centering" else W
         options = {"z_loss_weight": config.z_loss_weight, "soft_cap": config.logit_softcap}
+        options["logits_dtype"] = torch.float32 if config.logits_dtype == "float32" else None
         loss = unembedding_loss(hidden, embedding, targets, vocab_size=config.vocab_size, **options).loss
         return loss + (config.mu_loss_weight * oec.mu_loss(W, config.vocab_size) if config.oec == "mu_loss" else 0)
 

@@ -16,6 +16,7 @@ import argparse
 import csv
 import io
 import math
+import re
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -99,11 +100,15 @@ def hidden_of_hugging_face(model, tokenizer, text: Path, window: int = 512, toke
         fail(f"{text} cannot be read as text by the model's tokenizer: {one_line(error)}")
     if len(words) < 2:
         fail(f"{text} holds fewer than two tokens: give a longer text")
-    hidden = []
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda module, inputs: hidden.append(inputs[0][0]))
+    hidden, head = [], model.get_output_embeddings()
+    window = min(window, getattr(model.config, "max_position_embeddings", None) or window)
+    hook = head.register_forward_pre_hook(lambda module, inputs: hidden.append(inputs[0][0]))
     for batch in words[:-1].split(window):
-        model(batch[None])
+        logits = model(batch[None]).logits[0, -1]
     hook.remove()
+    expected = oec.soft_cap(hidden[-1][-1] @ head.weight.T, getattr(model.config, "final_logit_softcapping", None) or 0.0)
+    if not torch.allclose(logits, expected, rtol=0.0, atol=1e-3 * expected.abs().max().item()):
+        fail(f"the logits of this {type(model).__name__} are not its hidden states times its output embedding: they have a scale or a bias, which this tool does not know")
     return torch.cat(hidden).float(), words[1:]
 
 
@@ -167,8 +172,8 @@ def drift(checkpoint: Path, mean_logit: float, out: Path):
     """Writes a checkpoint for --init_from: the same function under cross-entropy, its mean logit moved."""
     model, config = load_model(checkpoint)
     check_can_drift(model, checkpoint)
-    if out.exists():
-        fail(f"{out} is there already: choose another name")
+    if out.exists() or re.fullmatch(r"ckpt_\d+\.pt", out.name):
+        fail(f"{out} is there already, or has the name of a run's checkpoint: choose another name")
     hidden, targets = hidden_of_run(model, config)
     V, W = model.config.vocab_size, model.unembedding.weight
     before = loss_of("float32", hidden, W, targets, V)

@@ -108,7 +108,10 @@ def main():
     if options.processes < 1:
         fail(f"--processes={options.processes} must be at least 1")
     os.environ["WORLD_SIZE"] = str(options.processes)  # as torchrun says it
-    configs = [(file.stem, load_config([str(file), *settings])) for file in options.files]
+    batch = ["--micro_batch_size=1", f"--batch_size={options.processes}"]  # the table finds the micro-batch
+    configs = [(file.stem, load_config([str(file), *settings, *batch])) for file in options.files]
+    if any(not config.fused_unembedding for _, config in configs):
+        fail("fused_unembedding=False holds all logits, several times over, which this table does not count: leave it out")
     header = ["", "activation checkpointing", "MB a sequence", *(f"sequences in {card} GB" for card in CARDS)]
     print("| " + " | ".join(header) + " |\n" + "| --- " * len(header) + "|")
     for name, config in configs:

@@ -87,7 +87,7 @@ def lines_of(rows: list[dict]) -> dict[str, list[dict]]:
     several = {m for m in {row["method"] for row in rows} if len({row.get("lambda") for row in rows if row["method"] == m}) > 1}
     lines = {}
     for row in rows:
-        name = row["method"] + (f" {float(row['lambda']):g}" if row["method"] in several else "")
+        name = row["method"] + (f" {float(row['lambda']):g}" if row["method"] in several and row.get("lambda") else "")
         lines.setdefault(name, []).append(row)
     return lines
 
@@ -119,7 +119,8 @@ def draw_sweep(rows: list[dict], published: list[dict], out: Path):
                         axis.barh(name + ("" if is_ours else "\n(published)"), value, color=colour, alpha=1 if is_ours else 0.35)
                         axis.text(value, name + ("" if is_ours else "\n(published)"), f" {value:.3f}", va="center", fontsize=7)
                     continue
-                values = by_rate(mine, column)
+                if not (values := by_rate(mine, column)):
+                    continue
                 middle = [statistics.median(v) for v in values.values()]
                 axis.plot(list(values), middle, color=colour, marker=marker, ls=dashes, ms=4, lw=1.3, label=name if is_ours else f"{name}, published")
                 if is_ours:
@@ -127,6 +128,9 @@ def draw_sweep(rows: list[dict], published: list[dict], out: Path):
         if column == "lrs":
             axis.invert_yaxis()
             axis.tick_params(axis="y", labelsize=7)
+            continue
+        if not axis.lines:  # no row has this column
+            axis.set_axis_off()
             continue
         axis.set_xscale("log")
         axis.set_xlabel("learning rate")
@@ -373,7 +377,7 @@ def main():
     elif options.inputs[0].suffix == ".csv":
         rows = sweep_rows(options.inputs[0], options.size)
         beside = sweep_rows(options.published, options.size) if options.published else []
-        draw_sweep(rows, [row for row in beside if row["lambda"] in ("", "1e-04")], options.out)
+        draw_sweep(rows, [row for row in beside if (row.get("lambda") or "") in ("", "1e-04")], options.out)
     elif options.inputs[0].suffix == ".json":
         draw_scaling(options.inputs[0], options.out)
     else:

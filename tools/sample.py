@@ -71,7 +71,7 @@ def main():
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     prompt = arguments.prompt.encode("utf-8", errors="replace").decode()
     tokens = torch.tensor([[encoding.eot_token, *encoding.encode(prompt, disallowed_special=())]], device=model.embedding.weight.device)
-    if not model(tokens).isfinite().all():
+    if not model(tokens[:, -model.config.block_size :]).isfinite().all():
         fail(f"the logits of {arguments.checkpoint} are not finite: the run has diverged; name one of its earlier checkpoints")
     tokens = model.generate(tokens, arguments.tokens, arguments.temperature, arguments.top_k, arguments.seed)
     print(encoding.decode(tokens[0, 1:].tolist()).replace("<|endoftext|>", "\n---\n"))

@@ -40,6 +40,9 @@ COLUMNS = (
 ).split()
 # Settings that may differ within one sweep: those that a cell sets, and those that do not change results.
 OF_THE_CELL = {*WEIGHTS.values(), "oec", "learning_rate", "seed", "out_dir", "resume", "tensorboard", "wandb_project"}
+# The option of this tool for each setting that a cell sets.
+OPTIONS = {"learning_rate": "learning_rates", "seed": "seeds", "out_dir": "out", "oec": "methods"}
+OPTIONS |= {name: f"{name.removeprefix('logit_')}s" for name in WEIGHTS.values()}
 
 
 def words_of(method: str) -> list[str]:
@@ -69,10 +72,10 @@ class Cell:
         self.key = (method, str(stated), str(self.config.learning_rate), str(self.config.seed))
 
     def start(self, slot: int, jobs: int):
-        """On its share of the cores and, if there are GPUs, on its own one."""
-        cores = sorted(os.sched_getaffinity(0))
+        """On its share of the cores and, if there are GPUs, on one of them."""
+        cores, gpus = sorted(os.sched_getaffinity(0)), visible_gpus()
         share = cores[slot * len(cores) // jobs : (slot + 1) * len(cores) // jobs] or cores
-        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": str(slot)} if torch.cuda.is_available() else {})
+        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if gpus else {})
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.began = time.monotonic()
         with open(self.log, "a") as log:
@@ -196,6 +199,22 @@ def summary(rows: list[dict]) -> str:
 # --- running -------------------------------------------------------------------------------------
 
 
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    n_gpus = torch.cuda.device_count()
+    names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(n_gpus)))
+    return names.split(",")[:n_gpus]
+
+
+def check_words(words: list[str]):
+    """Ends the program for a setting of train.py that the sweep sets for each run."""
+    config, default = load_config(words), TrainConfig()
+    for name, option in OPTIONS.items():
+        is_remedy = name in METHODS["baseline"] or name in WEIGHTS.values()
+        if any(word.startswith(f"--{name}=") for word in words) or is_remedy and getattr(config, name) != getattr(default, name):
+            fail(f"a sweep sets {name} itself: remove {name}={getattr(config, name)} from the settings or config files, and use --{option}")
+
+
 def run_cells(cells: list[Cell], rows: list[dict], out: Path, jobs: int):
     is_stopped = threading.Event()  # a KeyboardInterrupt can get lost in what Python does while it starts a process
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -252,7 +271,7 @@ def main():
     parser.add_argument("--learning_rates", default="3e-4,1e-3,3e-3,1e-2,3e-2,1e-1,3e-1", help="peaks (default: %(default)s)")
     parser.add_argument("--seeds", default="1", help="(default: %(default)s)")
     for method, key in WEIGHTS.items():
-        parser.add_argument(f"--{key.removeprefix('logit_')}s", dest=key, default="", help=f"weights of {method}, one run each (default: that of its file in config/)")
+        parser.add_argument(f"--{OPTIONS[key]}", dest=key, default="", help=f"weights of {method}, one run each (default: that of its file in config/)")
     parser.add_argument("--out", type=Path, required=True, help="folder of the sweep")
     parser.add_argument("--jobs", type=int, default=0, help="runs at a time (default: one for each GPU; without a GPU, one)")
     options, words = parser.parse_known_args()
@@ -264,6 +283,7 @@ def main():
         fail(f"--jobs={jobs} must be between 1 and the number of GPUs or cores")
     if not all(seed.isdecimal() for seed in options.seeds.split(",")):
         fail(f"--seeds={options.seeds} must be whole numbers, like 1,2,3")
+    check_words(words)
     weights = {method: numbers(text) if (text := getattr(options, key)) else [""] for method, key in WEIGHTS.items()}
     cells = [
         Cell(words, method, weight, rate, seed, options.out)

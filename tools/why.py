@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from datetime import timedelta
 from itertools import chain, product
 from pathlib import Path
@@ -32,7 +33,7 @@ import torch
 import runtime.unembedding
 import train
 from model import METHODS, WEIGHTS
-from runtime.checkpoint import save_weights
+from runtime.checkpoint import save_weights, write_whole
 from runtime.errors import fail
 from runtime.folder import lock, read_metrics
 from runtime.machine import start_machine
@@ -101,6 +102,7 @@ def rescue(options):
     hidden, _ = hidden_of_run(model, config)
     table = options.out / "rescue.csv"
     lock(options.out, "writing", "out")
+    check_same_rescue(options.out, model, options.steps)
     try:
         rows = list(csv.DictReader(io.StringIO(table.read_text()))) if table.exists() else []
     except OSError as error:
@@ -125,6 +127,21 @@ def rescue(options):
         left = (time.monotonic() - began) / number * (len(missing) - number)
         name = f"mean logit {drift}, {arm}{weight}, lr {rate}, seed {seed}"
         print(f"{number}/{len(missing)} {name}: loss {lines[-1]['cross_entropy']:.4f}, {timedelta(seconds=round(left))} left", flush=True)
+
+
+def check_same_rescue(out: Path, model, steps: int):
+    """Ends the program where the runs of OUT/rescue.csv started from other weights, or had another number of steps."""
+    checksum = 0
+    for tensor in model.state_dict().values():
+        checksum = zlib.crc32(tensor.numpy().tobytes(), checksum)
+    now, path = json.dumps({"checksum of the weights": checksum, "steps": steps}) + "\n", out / "rescue.json"
+    try:
+        if not path.exists() and not (out / "rescue.csv").exists():
+            write_whole(path, now.encode())
+        if not path.exists() or path.read_bytes() != now.encode():
+            fail(f"{out} holds runs of another checkpoint or another number of steps: choose another --out")
+    except OSError as error:
+        fail(f"{out} cannot be read or written: {error.strerror}; choose another --out")
 
 
 def continue_training(model, config: dict, settings: dict, head: bool, rate: float, seed: int, options) -> list[dict]:
