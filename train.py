@@ -144,7 +144,7 @@ def evaluate(model, val: TokenWindows, config: TrainConfig, machine: Machine, st
     batches = [windows[at : at + config.micro_batch_size] for at in range(0, len(windows), config.micro_batch_size)]
     mine = [(len(batch), batch) for batch in batches[machine.rank :: machine.world_size]]
     mine += [(0, batches[0])] * (math.ceil(len(batches) / machine.world_size) - len(mine))
-    model.eval()  # matters for layers like dropout; `update` sets it back
+    model.eval()  # matters for layers like dropout; `evaluate_and_save` sets it back
     passes = []
     for weight, batch in mine:
         if stop.agreed():
@@ -219,7 +219,6 @@ class Trainer:
         """One step: this process's share of the batch forward and backward, then the optimizers. Returns the averaged metrics."""
         config, machine = self.config, self.machine
         n_passes = config.batch_size // (config.micro_batch_size * machine.world_size)
-        self.parallel.train()
         passes = []
         for i in range(n_passes):
             tokens, targets = next(batches)  # (micro_batch_size, block_size) each
@@ -291,6 +290,7 @@ class Trainer:
         is_save = is_last or save_interval and self.step % save_interval == 0 and not self.bad_in_row
         best_before = self.best_loss, self.best_step
         if self.is_evaluation_due() and (values := evaluate(self.compiled, self.val_data, config, machine, self.stop)):
+            self.compiled.train()
             values |= mu_metrics(self.model, machine.dtype)
             if is_save and values["cross_entropy"] < self.best_loss:
                 self.best_loss, self.best_step = values["cross_entropy"], self.step

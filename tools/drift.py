@@ -91,6 +91,11 @@ def load_hugging_face(folder: Path):
     return model.eval(), tokenizer
 
 
+def cap_of(model) -> float:
+    """The soft-cap of a Hugging Face model's logits; 0 is off."""
+    return getattr(model.config, "final_logit_softcapping", None) or 0.0
+
+
 @torch.no_grad()
 def hidden_of_hugging_face(model, tokenizer, text: Path, window: int = 512, tokens: int = 8_192) -> tuple[Tensor, Tensor]:
     """Final hidden states (N, d), as the output embedding gets them, and targets (N,) on a text."""
@@ -106,7 +111,7 @@ def hidden_of_hugging_face(model, tokenizer, text: Path, window: int = 512, toke
     for batch in words[:-1].split(window):
         logits = model(batch[None]).logits[0, -1]
     hook.remove()
-    expected = oec.soft_cap(hidden[-1][-1] @ head.weight.T, getattr(model.config, "final_logit_softcapping", None) or 0.0)
+    expected = oec.soft_cap(hidden[-1][-1] @ head.weight.T, cap_of(model))
     if not torch.allclose(logits, expected, rtol=0.0, atol=1e-3 * expected.abs().max().item()):
         fail(f"the logits of this {type(model).__name__} are not its hidden states times its output embedding: they have a scale or a bias, which this tool does not know")
     return torch.cat(hidden).float(), words[1:]
@@ -320,7 +325,7 @@ def center_folder(model, tokenizer, folder: Path, out: Path):
     head, inputs = model.get_output_embeddings(), model.get_input_embeddings()
     if head.weight is inputs.weight:
         fail(f"{folder} has tied weights: centring the output embedding would change the input embedding too")
-    if getattr(model.config, "final_logit_softcapping", None):
+    if cap_of(model):
         fail(f"{folder} caps its logits: centring would change its function")
     if out.exists():
         fail(f"{out} is there already: choose another folder")
@@ -365,8 +370,8 @@ def main():
             fail("a Hugging Face folder needs a text to read: --text FILE")
         model, tokenizer = load_hugging_face(options.model)
         hidden, targets = hidden_of_hugging_face(model, tokenizer, options.text)
-        W, cap = model.get_output_embeddings().weight, getattr(model.config, "final_logit_softcapping", None) or 0.0
-        print_diagnosis(str(options.model), hidden, W.detach(), targets, len(W), cap)
+        W = model.get_output_embeddings().weight
+        print_diagnosis(str(options.model), hidden, W.detach(), targets, len(W), cap_of(model))
         if options.center:
             center_folder(model, tokenizer, options.model, options.center)
     elif options.mean_logit is not None:

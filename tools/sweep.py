@@ -38,11 +38,11 @@ COLUMNS = (
     "method lambda learning_rate seed status test_loss mu_norm mean_embedding_norm logit_mean logit_std logit_absmax "
     "mean_log_z_squared seconds_per_step seconds initial_loss"
 ).split()
-# Settings that may differ within one sweep: those that a cell sets, and those that do not change results.
-OF_THE_CELL = {*WEIGHTS.values(), "oec", "learning_rate", "seed", "out_dir", "resume", "tensorboard", "wandb_project"}
 # The option of this tool for each setting that a cell sets.
 OPTIONS = {"learning_rate": "learning_rates", "seed": "seeds", "out_dir": "out", "oec": "methods"}
 OPTIONS |= {name: f"{name.removeprefix('logit_')}s" for name in WEIGHTS.values()}
+# Settings that may differ within one sweep: those that a cell sets, and those that do not change results.
+OF_THE_CELL = {*OPTIONS, "resume", "tensorboard", "wandb_project"}
 
 
 def words_of(method: str) -> list[str]:
@@ -206,11 +206,11 @@ def visible_gpus() -> list[str]:
     return names.split(",")[:n_gpus]
 
 
-def check_words(words: list[str]):
+def check_words(words: list[str], config: TrainConfig):
     """Ends the program for a setting of train.py that the sweep sets for each run."""
-    config, default = load_config(words), TrainConfig()
+    default = TrainConfig()
     for name, option in OPTIONS.items():
-        is_remedy = name in METHODS["baseline"] or name in WEIGHTS.values()
+        is_remedy = name in ("oec", *WEIGHTS.values())
         if any(word.startswith(f"--{name}=") for word in words) or is_remedy and getattr(config, name) != getattr(default, name):
             fail(f"a sweep sets {name} itself: remove {name}={getattr(config, name)} from the settings or config files, and use --{option}")
 
@@ -283,14 +283,15 @@ def main():
         fail(f"--jobs={jobs} must be between 1 and the number of GPUs or cores")
     if not all(seed.isdecimal() for seed in options.seeds.split(",")):
         fail(f"--seeds={options.seeds} must be whole numbers, like 1,2,3")
-    check_words(words)
+    config = load_config(words)
+    check_words(words, config)
     weights = {method: numbers(text) if (text := getattr(options, key)) else [""] for method, key in WEIGHTS.items()}
     cells = [
         Cell(words, method, weight, rate, seed, options.out)
         for seed, rate, method in product(options.seeds.split(","), numbers(options.learning_rates), methods)
         for weight in weights.get(method, [""])
     ]
-    rows = open_sweep(options.out, load_config(words))
+    rows = open_sweep(options.out, config)
     finished = {tuple(row[name] for name in COLUMNS[:4]) for row in rows}
     missing = [cell for cell in {cell.key: cell for cell in cells}.values() if cell.key not in finished]
     say(f"{len(cells) - len(missing)} of {len(cells)} cells are there, {len(missing)} to run, {jobs} at a time")
