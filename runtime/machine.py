@@ -132,6 +132,8 @@ def start_cpu(config, local_world_size: int) -> torch.dtype:
     torch.set_num_threads(max(1, available_cores() // local_world_size))  # torchrun leaves only one to each
     # Without this PyTorch first compiles a program, to see whether the compiler knows the CPU's vector units: 7 seconds.
     os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+    # Large tensors in pages of 2 MiB, if Linux allows it: a step allocates tensors of W's size, and 4 KiB pages make that slow.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     if not has_bfloat16 and (config.dtype == "bfloat16" or config.optimizer == "muon"):  # Muon orthogonalises in bfloat16
         multiply_bfloat16_in_float32()

@@ -21,10 +21,10 @@ try:
 except ImportError:  # it comes with PyTorch's CUDA builds
     triton = None
 
-# A chunk holds at most about this many logits, or CHUNK_ROWS tokens if that is more: small beside the model (on a CPU,
-# inside its caches), large enough to keep the matrix units busy and additions into the weight gradient rare.
+# A chunk holds at most about this many logits, or CHUNK_ROWS tokens if that is more: small beside the model (on a CPU, with a
+# small vocabulary, inside its caches), large enough to keep the matrix units busy and additions into the weight gradient rare.
 CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**28}
-CHUNK_ROWS = 256
+CHUNK_ROWS = 512
 LARGE_CAP = 1024  # above it, `_soft_cap` uses tanh: the faster formula with σ would lose digits
 
 REFUSAL = (

@@ -2,11 +2,15 @@
 
 import copy
 import math
+import os
 import re
+import subprocess
+import sys
 import time
 import warnings
 from contextlib import nullcontext
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +25,7 @@ from runtime.folder import run_name
 from runtime.settings import read_config_file
 from runtime.machine import Machine, multiply_bfloat16_in_float32, peak_flops, start_machine
 from tests.conftest import (
-    VOCAB, assert_same_bits, fails_in_one_line, metrics_of, run_command, tiny_arguments, tiny_folder,
+    ROOT, VOCAB, assert_same_bits, fails_in_one_line, metrics_of, run_command, tiny_arguments, tiny_folder,
 )  # fmt: skip
 from train import TrainConfig, load_config
 
@@ -561,6 +565,33 @@ def test_the_loader_is_far_faster_than_the_demo_trains(tmp_path):
         times["loading"].append((loaded - began) / 100)
         times["training"].append(time.perf_counter() - loaded)
     assert 20 * min(times["loading"]) < min(times["training"])
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this system has no large pages for any program")
+def test_large_tensors_are_in_large_pages_on_a_cpu(tmp_path):
+    """PyTorch reads the environment variable once, at its first tensor: a run must have set it before."""
+    program = """
+import re, sys
+from pathlib import Path
+import torch
+from runtime.machine import start_machine
+from train import Trainer, load_config
+
+config = load_config(sys.argv[1:])
+trainer = Trainer(config, start_machine(config))
+large = torch.zeros(2**24)  # 64 MiB
+for line in Path("/proc/self/smaps").read_text().splitlines():
+    if addresses := re.match("([0-9a-f]+)-([0-9a-f]+) ", line):
+        first, last = (int(address, 16) for address in addresses.groups())
+    elif line.startswith("VmFlags:") and first <= large.data_ptr() + 2**22 < last:
+        print(line)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    command = [sys.executable, "-c", program, *tiny_arguments(tiny_folder(tmp_path / "tiny"), tmp_path / "out"), "--device=cpu"]
+    for value, is_large in (({}, True), ({"THP_MEM_ALLOC_ENABLE": "0"}, False)):
+        done = subprocess.run(command, cwd=ROOT, env=environment | value, capture_output=True, text=True, check=True)
+        flags = done.stdout.strip().splitlines()[-1].split()
+        assert flags[0] == "VmFlags:" and ("hg" in flags) == is_large  # hg: the program asked Linux for large pages here
 
 
 @pytest.mark.gpu

@@ -75,7 +75,8 @@ def ours_step(config, data: Path):
 def peer_step(config, data: Path, folder: Path, kind: str, is_mended: bool):
     """One iteration of a peer's own training loop around its own model.py, with its own defaults, on our shape.
 
-    Mended: the machine's best dtype and fused AdamW where its defaults leave them out, and a log line as rare as ours.
+    Mended: the machine's best dtype and fused AdamW where its defaults leave them out, a log line as rare as ours, and on a
+    CPU large pages (`start_cpu`).
     """
     machine = start_machine(config)
     device, is_cuda = machine.device.type, machine.device.type == "cuda"
@@ -191,6 +192,7 @@ def resident() -> dict[str, int]:
 
 def work(spec: dict):
     """Builds one contender, then answers each line of standard input with one line of JSON."""
+    os.environ["THP_MEM_ALLOC_ENABLE"] = str(int(spec.get("mended", True)))  # as `start_cpu` does, but for a peer as shipped
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what models print goes to standard error
     config, data = load_config(spec["words"]), Path(spec["data"])
