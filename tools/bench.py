@@ -192,7 +192,8 @@ def resident() -> dict[str, int]:
 
 def work(spec: dict):
     """Builds one contender, then answers each line of standard input with one line of JSON."""
-    os.environ["THP_MEM_ALLOC_ENABLE"] = str(int(spec.get("mended", True)))  # as `start_cpu` does, but for a peer as shipped
+    if not spec.get("mended", True):
+        os.environ["THP_MEM_ALLOC_ENABLE"] = "0"  # a peer as shipped: without the large pages of `start_cpu`
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what models print goes to standard error
     config, data = load_config(spec["words"]), Path(spec["data"])
